@@ -1,0 +1,1 @@
+"""Bridges to other libraries; installed as ``torch_prunepath.integrations``. Each module imports its own library."""
