@@ -1,0 +1,87 @@
+"""Imports go one way: each module of the package uses only those above it in this list."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "torch_prunepath"
+INTEGRATIONS = PACKAGE.parent / "integrations"
+
+ORDER = [
+    "activations",
+    "config",
+    "select",
+    "linears",
+    "ffn",
+    "reference",
+    "probe",
+    "discover",
+    "cluster",
+    "partition",
+    "router",
+    "ops",
+    "layer",
+    "data",
+    "calibrate",
+    "manifest",
+    "sparsity",
+    "budget",
+    "sparsify",
+    "integrations.transformers",
+    "checkpoint",
+    "errors",
+    "output",
+    "corpus",
+    "models",
+    "evaluate",
+    "quickstart",
+    "cli",
+    "__main__",
+]
+
+
+def path_of(module: str) -> Path:
+    root, _, rest = module.partition(".")
+    return INTEGRATIONS / f"{rest}.py" if root == "integrations" else PACKAGE / f"{module}.py"
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torch_prunepath":
+            rest = node.module.split(".")[1:]
+            found |= {".".join(rest)} if rest else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {
+                a.name.removeprefix("torch_prunepath.") for a in node.names if a.name.startswith("torch_prunepath.")
+            }
+    return found
+
+
+def test_the_list_is_complete() -> None:
+    present = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    present |= {f"integrations.{path.stem}" for path in INTEGRATIONS.glob("*.py")} - {"integrations.__init__"}
+    assert present == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_only_from_above(module: str) -> None:
+    above = set(ORDER[: ORDER.index(module)])
+    assert imported(path_of(module)) <= above
+
+
+def test_importing_the_package_is_lean() -> None:
+    """No CUDA context, no kernels, no optional dependency."""
+    code = (
+        "import sys, torch, torch_prunepath\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'triton', 'peft', 'lm_eval', 'matplotlib', 'gguf', 'torch._inductor'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent / "docs")

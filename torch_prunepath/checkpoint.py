@@ -1,0 +1,93 @@
+"""Reading sparse checkpoints. Writing one is ``model.save_pretrained(directory)``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch_prunepath.config import num_experts
+from torch_prunepath.ffn import site_name
+from torch_prunepath.manifest import METHOD, Manifest
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a checkpoint directory, from its ``config.json``; no weights are read.
+
+    Raises:
+        ValueError: if the directory is no sparse checkpoint, is damaged, or is of a newer format.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{directory} is no checkpoint: it has no config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): save or download the model again") from error
+    manifest = data.get("quantization_config") if isinstance(data, dict) else None
+    if not isinstance(manifest, dict) or manifest.get("quant_method") != METHOD:
+        raise ValueError(
+            f"{directory} holds no sparse model: make one with torch_prunepath.sparsify and save_pretrained"
+        )
+    return Manifest.from_dict(manifest)
+
+
+def load(directory: str | Path, **kwargs: Any) -> Any:
+    """Load a sparse model with the class that it was saved from.
+
+    Args:
+        directory: what ``save_pretrained`` wrote.
+        **kwargs: passed on to ``from_pretrained``, for instance ``dtype`` or ``device_map``.
+
+    Raises:
+        ValueError: if the directory is no sparse checkpoint, a part of it is missing or damaged, or it is of a newer format.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    import torch_prunepath.integrations.transformers  # noqa: F401  (registers the method)
+
+    directory = Path(directory)
+    read_manifest(directory)
+    architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    cls = getattr(transformers, architectures[0], None)
+    if cls is None:
+        raise ValueError(
+            f"{directory} was saved from {architectures[0] or 'an unnamed class'}, which transformers "
+            f"{transformers.__version__} does not have: load it with that class's own from_pretrained"
+        )
+    if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+        raise ValueError(f"{directory} holds no weights (*.safetensors): save or download the model again")
+    try:
+        return cls.from_pretrained(directory, **kwargs)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"the weights in {directory} cannot be read ({error}): save or download the model again"
+        ) from error
+
+
+def read_info(directory: str | Path) -> dict[str, Any]:
+    """What a checkpoint directory holds, JSON-ready: config, and for each layer its FFN, experts, tau and budget.
+
+    Raises:
+        ValueError: as :func:`read_manifest`.
+    """
+    manifest = read_manifest(directory)
+    info = manifest.to_dict()
+    layers = [
+        {
+            "name": site_name(layer.ffn),
+            "hidden_size": layer.ffn.hidden_size,
+            "ffn_size": layer.ffn.ffn_size,
+            "gated": layer.ffn.gated,
+            "activation": layer.ffn.activation,
+            "experts": num_experts(layer.ffn.ffn_size, layer.experts.expert_size),
+            "expert_size": layer.experts.expert_size,
+            "rule": layer.experts.rule,
+            "gate": layer.experts.gate,
+            "tau": layer.tau,
+            "budget": layer.budget,
+        }
+        for layer in manifest.layers
+    ]
+    return {"format_version": info["format_version"], "config": info["config"], "layers": layers}

@@ -1,0 +1,135 @@
+"""What a sparse model is: frozen values, validated where they are built, with a versioned dict round trip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch_prunepath.activations import ACTIVATIONS
+
+FORMAT_VERSION = 1
+
+Rule = Literal["reach", "below"]
+Gate = Literal["one", "sigmoid"]
+Partition = Literal["coactivation", "kmeans", "contiguous", "random"]
+RouterInit = Literal["fitted", "centroid", "zero"]
+Budget = Literal["sensitivity", "uniform"]
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raise ValueError unless ``value`` is one of the ``Literal`` type's ``choices``."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def check_tau(tau: float) -> float:
+    """Return ``tau`` as a float.
+
+    Raises:
+        ValueError: if it is not in (0, 1].
+    """
+    tau = float(tau)
+    if not 0.0 < tau <= 1.0:
+        raise ValueError(f"tau={tau} is outside (0, 1]: 1 activates every expert, smaller values activate fewer")
+    return tau
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """Where one feed-forward network sits in a model, and what it computes.
+
+    ``down(act(gate(x)) * up(x))`` if gated, ``down(act(up(x)))`` if not. Module names are relative to ``name``.
+
+    Attributes:
+        name: qualified name of the owner, a module that holds every part.
+        split: False if the owner's ``forward(x)`` is exactly this FFN (dropouts apart), so that the owner itself is made
+            sparse; True if the owner does more, so that ``up`` and ``down`` are made sparse one by one.
+        up: the linear layer ``[D] -> [F]`` (fc1 of a plain FFN), or ``[D] -> [2F]`` if ``fused``.
+        down: the linear layer ``[F] -> [D]``.
+        gate: the gate's own linear layer; None if the FFN is plain or ``fused``.
+        fused: None, or the order of the two halves in ``up``'s output features: ``"gate_up"`` or ``"up_gate"``.
+        activation: key of :data:`torch_prunepath.activations.ACTIVATIONS`.
+        hidden_dropout: dropout applied to ``down``'s input, if any (only named where ``split`` is False).
+        output_dropout: dropout applied to ``down``'s output, if any (only named where ``split`` is False).
+        hidden_size: D.
+        ffn_size: F, neurons.
+    """
+
+    name: str
+    up: str
+    down: str
+    activation: str
+    hidden_size: int
+    ffn_size: int
+    split: bool = False
+    gate: str | None = None
+    fused: Literal["gate_up", "up_gate"] | None = None
+    hidden_dropout: str | None = None
+    output_dropout: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not known: choose one of {', '.join(ACTIVATIONS)}")
+        if self.gate is not None and self.fused is not None:
+            raise ValueError(f"{self.name}: an FFN has a gate layer of its own or a fused one, not both")
+        if self.fused not in (None, "gate_up", "up_gate"):
+            raise ValueError(f"fused={self.fused!r} is not known: choose None, 'gate_up' or 'up_gate'")
+        if self.hidden_size < 1 or self.ffn_size < 1:
+            raise ValueError(f"{self.name}: hidden_size and ffn_size must be positive")
+
+    @property
+    def gated(self) -> bool:
+        """Whether ``act(gate(x))`` multiplies ``up(x)``."""
+        return self.gate is not None or self.fused is not None
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """How :func:`torch_prunepath.sparsify` builds experts and routers.
+
+    Attributes:
+        expert_size: S, neurons an expert. The last expert is smaller where F is no multiple of S.
+        partition: how neurons are grouped (see :mod:`torch_prunepath.partition`).
+        router: how routers start (see :mod:`torch_prunepath.router`).
+        rule: ``"reach"``: the smallest top-ranked set whose mass reaches tau; ``"below"``: the set whose mass stays
+            below tau, and the top expert (the rule of the PrunePath authors' released code).
+        gate: weight of an active expert's output: ``"one"``, or ``"sigmoid"`` of its score (arXiv 2605.28283).
+        gate_offset: constant added to every score inside the sigmoid gate, which softmax would not see.
+        budget: ``"uniform"``: one tau for all layers; ``"sensitivity"``: ``1 - tau`` of a layer is scaled by how well the
+            layer bears to lose mass, measured on the calibration data.
+        calibration_tokens: tokens taken from the calibration data, at most.
+        seed: seed of everything random in the conversion.
+    """
+
+    expert_size: int = 8
+    partition: Partition = "coactivation"
+    router: RouterInit = "fitted"
+    rule: Rule = "reach"
+    gate: Gate = "one"
+    gate_offset: float = 0.0
+    budget: Budget = "sensitivity"
+    calibration_tokens: int = 16384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("partition", self.partition, Partition)
+        check_choice("router", self.router, RouterInit)
+        check_choice("rule", self.rule, Rule)
+        check_choice("gate", self.gate, Gate)
+        check_choice("budget", self.budget, Budget)
+        if self.expert_size < 1:
+            raise ValueError(f"expert_size={self.expert_size} must be at least 1")
+        if self.calibration_tokens < 1:
+            raise ValueError(f"calibration_tokens={self.calibration_tokens} must be at least 1")
+        if self.gate == "one" and self.gate_offset != 0.0:
+            raise ValueError("gate_offset moves the sigmoid gate: set gate='sigmoid' with it, or leave it 0")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any choice needs calibration data."""
+        return self.partition == "coactivation" or self.router == "fitted" or self.budget == "sensitivity"
+
+
+def num_experts(ffn_size: int, expert_size: int) -> int:
+    """E = ceil(F / S)."""
+    return -(-ffn_size // expert_size)

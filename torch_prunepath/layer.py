@@ -1,0 +1,332 @@
+"""The sparse FFN: an existing module whose class is swapped, so that names, shapes and state-dict keys stay.
+
+A whole FFN becomes a :class:`SparseFFN`. Where a model keeps fc1 and fc2 apart (OPT, BERT, Bloom), fc1 becomes a
+:class:`SparseUp` and fc2 a :class:`SparseDown`, and the model's own forward runs between them.
+
+Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
+from torch_prunepath.ffn import FFNView, bias_of, is_transposed, site_name, weight_out_in
+from torch_prunepath.ops import expand_experts, expert_down, expert_up, select_experts
+from torch_prunepath.router import Router
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """How a sparse FFN routes: its experts' size S, selection rule, gate, and the constant inside the sigmoid gate."""
+
+    expert_size: int
+    rule: Rule = "reach"
+    gate: Gate = "one"
+    gate_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one layer's router chose in one call; given to routing hooks.
+
+    Attributes:
+        name: qualified name of the sparse layer.
+        x_TD: the layer's input, flattened to tokens.
+        scores_TE: float32 router scores.
+        mask_TE: bool, the active experts.
+        shape: the input's leading dimensions, usually (batch, sequence); their product is T.
+    """
+
+    name: str
+    x_TD: Tensor
+    scores_TE: Tensor
+    mask_TE: Tensor
+    shape: tuple[int, ...]
+
+
+RoutingHook = Callable[[Routing], Tensor | None]
+
+
+class RoutedExperts(nn.Module):
+    """What every sparse layer has: a router, tau, the permutation of its neurons, and routing hooks.
+
+    Never built by itself: it is mixed into the class of an existing module by :func:`make_routed`.
+    """
+
+    ffn: FFNSpec
+    experts: ExpertsSpec
+    router: Router
+    tau: Tensor
+    permutation: Tensor
+    budget: float
+    routing_hooks: OrderedDict[int, RoutingHook]
+
+    @property
+    def name(self) -> str:
+        """Qualified name of this layer in the model that was made sparse."""
+        return site_name(self.ffn)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return num_experts(self.ffn.ffn_size, self.experts.expert_size)
+
+    def route(self, x_TD: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, or None where all are 1."""
+        scores_TE = self.router(x_TD)
+        mask_TE = select_experts(scores_TE, self.tau, self.experts.rule)
+        for hook in self.routing_hooks.values():
+            replaced = hook(Routing(self.name, x_TD, scores_TE, mask_TE, shape))
+            if replaced is not None:
+                mask_TE = _checked_mask(self.name, replaced, mask_TE)
+        if self.experts.gate == "one":
+            return mask_TE, None
+        return mask_TE, torch.sigmoid(scores_TE + self.experts.gate_offset)
+
+    def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
+        """Call ``hook(routing)`` after every selection; a bool ``[T, E]`` that it returns replaces the mask."""
+        handle = RemovableHandle(self.routing_hooks)
+        self.routing_hooks[handle.id] = hook
+        return handle
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # half() and to(bfloat16) move every floating point buffer; tau must keep its float32 value.
+        tau = self.tau
+        super()._apply(fn, recurse)
+        if self.tau.dtype != tau.dtype:
+            self.tau = tau.to(self.tau.device)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        dense, kind = _bases(type(self))
+        return _blank, (dense, kind), self.__dict__.copy()
+
+
+def _checked_mask(name: str, replaced: Tensor, mask_TE: Tensor) -> Tensor:
+    if replaced.shape != mask_TE.shape or replaced.dtype != torch.bool:
+        raise ValueError(
+            f"{name}: a routing hook must return None or a bool mask of shape {tuple(mask_TE.shape)}, "
+            f"not {replaced.dtype} {tuple(replaced.shape)}"
+        )
+    return replaced
+
+
+class SparseFFN(RoutedExperts):
+    """A whole FFN that computes only the experts its router chooses."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., D] -> [..., D]``."""
+        shape = hidden_states.shape
+        x_TD = hidden_states.reshape(-1, shape[-1])
+        mask_TE, gates_TE = self.route(x_TD, shape[:-1])
+        view = FFNView.of_owner(self, self.ffn)
+        h_TF = _up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
+        if self.ffn.hidden_dropout is not None:
+            h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
+        y_TD = _down(view.down, h_TF, mask_TE, gates_TE, self.experts.expert_size)
+        if self.ffn.output_dropout is not None:
+            y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
+        return y_TD.reshape(shape)
+
+
+class Handoff:
+    """Carries one routing from a :class:`SparseUp` to its :class:`SparseDown` within one forward pass."""
+
+    def __init__(self) -> None:
+        self.routing: tuple[Tensor, Tensor | None] | None = None
+
+
+class SparseUp(RoutedExperts):
+    """fc1 of an FFN whose two layers a model calls apart; also holds the router. Inactive neurons come out as 0."""
+
+    handoff: Handoff
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., F]``, or ``[..., 2F]`` if gate and up are fused."""
+        shape = x.shape
+        x_TD = x.reshape(-1, shape[-1])
+        mask_TE, gates_TE = self.route(x_TD, shape[:-1])
+        self.handoff.routing = (mask_TE, gates_TE)
+        rows, bias = weight_out_in(self), bias_of(self)
+        # Fused gate and up: two FFN widths under one mask.
+        halves = [(rows, bias)]
+        if self.ffn.fused is not None:
+            biases = (None, None) if bias is None else bias.chunk(2)
+            halves = list(zip(rows.chunk(2), biases, strict=True))
+        size = self.experts.expert_size
+        h = torch.cat([_expert_up(x_TD, mask_TE, w, b, None, None, "none", size) for w, b in halves], dim=-1)
+        return h.reshape(*shape[:-1], h.shape[-1])
+
+
+class SparseDown(nn.Module):
+    """fc2 of an FFN whose two layers a model calls apart."""
+
+    handoff: Handoff
+    expert_size: int
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``[..., F] -> [..., D]``."""
+        assert self.handoff.routing is not None, "fc2 was called before its fc1"
+        mask_TE, gates_TE = self.handoff.routing
+        self.handoff.routing = None
+        y_TD = _expert_down(self, h.reshape(-1, h.shape[-1]), mask_TE, gates_TE, self.expert_size)
+        return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        dense, kind = _bases(type(self))
+        return _blank, (dense, kind), self.__dict__.copy()
+
+
+# --- computation ------------------------------------------------------------------------------------------------------
+
+
+def _plain(*modules: nn.Module | None) -> bool:
+    """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks."""
+    return all(
+        module is None
+        or (
+            (type(module) is nn.Linear or is_transposed(module))
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            and "forward" not in module.__dict__
+        )
+        for module in modules
+    )
+
+
+def _up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
+    if _plain(view.up, view.gate):
+        return _expert_up(x_TD, mask_TE, view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F, activation, size)
+    # Something else computes these projections: let it, then drop what is inactive.
+    act = ACTIVATIONS[activation]
+    pre = view.up(x_TD)
+    if view.gate is not None:
+        h_TF = act(view.gate(x_TD)) * pre
+    elif view.spec.fused is not None:
+        first, second = pre.chunk(2, dim=-1)
+        h_TF = act(first) * second if view.spec.fused == "gate_up" else first * act(second)
+    else:
+        h_TF = act(pre)
+    return h_TF.masked_fill(~expand_experts(mask_TE, size, h_TF.shape[1]), 0)
+
+
+def _expert_up(
+    x_TD: Tensor,
+    mask_TE: Tensor,
+    up_FD: Tensor,
+    up_F: Tensor | None,
+    gate_FD: Tensor | None,
+    gate_F: Tensor | None,
+    activation: str,
+    size: int,
+) -> Tensor:
+    tensors = _autocast(x_TD, up_FD, up_F, gate_FD, gate_F)
+    x_TD, up_FD, up_F, gate_FD, gate_F = tensors  # type: ignore[assignment]
+    return expert_up(x_TD, mask_TE, up_FD, up_F, gate_FD, gate_F, activation, size)
+
+
+def _down(down: nn.Module, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
+    if _plain(down):
+        return _expert_down(down, h_TF, mask_TE, gates_TE, size)
+    h_TF = h_TF.masked_fill(~expand_experts(mask_TE, size, h_TF.shape[1]), 0)
+    if gates_TE is not None:
+        h_TF = h_TF * expand_experts(gates_TE, size, h_TF.shape[1]).to(h_TF.dtype)
+    y_TD: Tensor = down(h_TF)
+    return y_TD
+
+
+def _expert_down(down: nn.Module, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
+    h, weight_DF, bias_D = _autocast(h_TF, weight_out_in(down), bias_of(down))
+    assert h is not None and weight_DF is not None
+    # T5 keeps its last projection in float32 whatever the model's dtype.
+    return expert_down(h.to(weight_DF.dtype), mask_TE, gates_TE, weight_DF.t(), bias_D, size)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to a linear layer's inputs: our operators are not on its list."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+# --- swapping classes -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _sparse_class(dense: type, kind: type) -> type:
+    """The class ``kind`` mixed over ``dense``: one for each pair, so that ``type(a) is type(b)`` for like layers."""
+    return type(f"{kind.__name__}[{dense.__name__}]", (kind, dense), {"__module__": __name__, "__doc__": kind.__doc__})
+
+
+def _bases(sparse: type) -> tuple[type, type]:
+    kind, dense = sparse.__bases__
+    return dense, kind
+
+
+def _blank(dense: type, kind: type) -> nn.Module:
+    """An instance without state, for pickle and deepcopy: the class has no importable name of its own."""
+    cls = _sparse_class(dense, kind)
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+def is_sparse(module: nn.Module) -> bool:
+    """Whether ``module`` is a sparse layer (or the second half of one)."""
+    return isinstance(module, RoutedExperts | SparseDown)
+
+
+def make_routed(
+    view: FFNView, experts: ExpertsSpec, router: Router, order_F: Tensor, tau: float, budget: float = 1.0
+) -> RoutedExperts:
+    """Turn a dense FFN, whose neurons are already in expert order, into a sparse one, in place.
+
+    Args:
+        view: the dense FFN.
+        experts: how it routes.
+        router: ``Router(D, E)``.
+        order_F: the permutation that was applied.
+        tau: in (0, 1].
+        budget: share of the mass given up, ``1 - tau``, that this layer bears, relative to the others.
+    """
+    spec = view.spec
+    site = view.up if spec.split else view.owner
+    device = view.up.weight.device
+    site.__class__ = _sparse_class(type(site), SparseUp if spec.split else SparseFFN)
+    assert isinstance(site, RoutedExperts)
+    site.ffn, site.experts, site.budget, site.routing_hooks = spec, experts, budget, OrderedDict()
+    site.router = router
+    site.register_buffer("tau", torch.tensor(tau, dtype=torch.float32, device=device), persistent=False)
+    site.register_buffer("permutation", order_F.to(device=device, dtype=torch.int32))
+    if isinstance(site, SparseUp):
+        site.handoff = handoff = Handoff()
+        view.down.__class__ = _sparse_class(type(view.down), SparseDown)
+        view.down.handoff, view.down.expert_size = handoff, experts.expert_size  # type: ignore[assignment]
+    return site
+
+
+def make_dense(view: FFNView) -> None:
+    """Undo :func:`make_routed`, in place, also one that was interrupted. Neurons stay in expert order."""
+    site = view.up if view.spec.split else view.owner
+    for module, names in (
+        (site, ("router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "handoff")),
+        (view.down, ("handoff", "expert_size")),
+    ):
+        if not is_sparse(module):
+            continue
+        for name in names:
+            for holder in (module._modules, module._buffers, module.__dict__):
+                holder.pop(name, None)
+        module._non_persistent_buffers_set.discard("tau")
+        module.__class__ = _bases(type(module))[0]

@@ -1,0 +1,153 @@
+"""What a sparse model is, as a dict that its ``config.json`` carries, and back.
+
+The dict stands in ``config.quantization_config``, the one place that ``from_pretrained`` reads before it loads weights.
+A reader that does not know the method skips it and loads the dense model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_prunepath.config import FORMAT_VERSION, FFNSpec, SparsifyConfig, check_tau
+from torch_prunepath.ffn import FFNView, weight_out_in
+from torch_prunepath.layer import ExpertsSpec, RoutedExperts, make_routed
+from torch_prunepath.router import Router
+
+METHOD = "prunepath"
+
+
+@dataclass(frozen=True)
+class LayerManifest:
+    """One sparse layer: where it is, how it routes, its tau, its budget, and whether its router has a bias."""
+
+    ffn: FFNSpec
+    experts: ExpertsSpec
+    tau: float
+    budget: float = 1.0
+    router_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_tau(self.tau)
+        if not self.budget > 0:
+            raise ValueError(f"{self.ffn.name}: budget={self.budget} must be positive")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole model: its layers, and the configuration that made them."""
+
+    layers: tuple[LayerManifest, ...]
+    config: SparsifyConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: if the format is newer than this package, or the data is damaged.
+        """
+        version = data.get("format_version")
+        if not isinstance(version, int):
+            raise ValueError("damaged prunepath manifest: no format_version; save the model again")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has prunepath format {version}, but the installed torch_prunepath reads up to "
+                f"{FORMAT_VERSION}: upgrade torch_prunepath"
+            )
+        try:
+            layers = tuple(
+                LayerManifest(**{**layer, "ffn": FFNSpec(**layer["ffn"]), "experts": ExpertsSpec(**layer["experts"])})
+                for layer in data["layers"]
+            )
+            return cls(layers, SparsifyConfig(**data["config"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"damaged prunepath manifest ({error}): save the model again") from error
+
+
+def describe(model: nn.Module, config: SparsifyConfig) -> Manifest:
+    """The manifest of a sparse model."""
+    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    return Manifest(
+        tuple(
+            LayerManifest(m.ffn, m.experts, float(m.tau), m.budget, m.router.bias is not None) for m in layers
+        ),
+        config,
+    )
+
+
+def attach(model: nn.Module, manifest: Manifest | None) -> None:
+    """Put the manifest where ``save_pretrained`` finds it, or take it away. Models without a config are left alone."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return
+    if manifest is not None:
+        config.quantization_config = manifest.to_dict()
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def attached(model: nn.Module) -> Manifest | None:
+    """The manifest that the model's config carries, if any."""
+    data = getattr(getattr(model, "config", None), "quantization_config", None)
+    if data is None or isinstance(data, Mapping) and data.get("quant_method") != METHOD:
+        return None
+    data = data if isinstance(data, Mapping) else data.to_dict()
+    return Manifest.from_dict(data) if data.get("quant_method") == METHOD else None
+
+
+def saved_names(model: nn.Module, name: str) -> tuple[str, ...]:
+    """What a submodule may be called in the headed and the head-less variant of a transformers model."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def resolve(model: nn.Module, ffn: FFNSpec) -> FFNView:
+    """The FFN in ``model``, which may be the head-less or the headed variant of the model that was saved.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for name in saved_names(model, ffn.name):
+        try:
+            return FFNView(model, dataclasses.replace(ffn, name=name))
+        except AttributeError:
+            continue
+    raise ValueError(
+        f"the checkpoint says there is an FFN at {ffn.name!r}, but {type(model).__name__} has none: load it with the "
+        "class that it was saved from"
+    )
+
+
+def rebuild(model: nn.Module, manifest: Manifest) -> None:
+    """Make a dense model (usually still without weights) sparse as the manifest says, in place.
+
+    Routers and permutations are left uninitialised, for a state dict to fill.
+
+    Raises:
+        ValueError: if the model does not hold what the manifest names. Nothing was changed then.
+    """
+    views = [resolve(model, layer.ffn) for layer in manifest.layers]
+    for view in views:
+        actual, spec = tuple(view.down_FD.shape), view.spec
+        if actual != (spec.ffn_size, spec.hidden_size):
+            raise ValueError(
+                f"the checkpoint says that the FFN at {spec.name!r} is {spec.hidden_size}x{spec.ffn_size}, but the model "
+                f"has {actual[1]}x{actual[0]}: config.json and the weights do not belong together"
+            )
+    for view, layer in zip(views, manifest.layers, strict=True):
+        weight = weight_out_in(view.up)
+        ffn, size = view.spec, layer.experts.expert_size
+        router = Router(ffn.hidden_size, -(-ffn.ffn_size // size), bias=layer.router_bias).to(weight.dtype)
+        with torch.device(weight.device):
+            order_F = torch.arange(ffn.ffn_size)
+        make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)

@@ -1,0 +1,61 @@
+"""Scores and tau -> which experts are active. The one definition that every other implementation is tested against.
+
+Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_prunepath.config import Rule, check_choice, check_tau
+
+
+def select_experts(scores_TE: Tensor, tau: float | Tensor, rule: Rule = "reach") -> Tensor:
+    """Choose the active experts of every token (PrunePath, arXiv 2605.28283).
+
+    Experts are ranked by ``p = softmax(scores)`` in float32, ties by lower index, and ``mass_before(e)`` is the sum of p
+    over the experts ranked ahead of e. With rule ``"reach"`` expert e is active iff ``mass_before(e) < tau``: the smallest
+    top-ranked set whose mass reaches tau. With rule ``"below"`` (the PrunePath authors' released code) it is active iff
+    the mass through e is under tau, and the top expert always is. Under both rules ``tau >= 1`` activates every expert.
+
+    Args:
+        scores_TE: router scores ``[T, E]`` (or any leading dimensions), bf16, fp16, fp32 or fp64; compared in float32.
+        tau: mass to reach, in (0, 1]; a float or a 0-d tensor.
+        rule: ``"reach"`` or ``"below"``.
+
+    Returns:
+        bool ``[T, E]``.
+
+    Raises:
+        ValueError: if a score is NaN or infinite, tau is outside (0, 1], the rule is unknown or there is no expert.
+
+    Example:
+        >>> import torch
+        >>> select_experts(torch.tensor([[0.5, 0.3, 0.2]]).log(), tau=0.6)
+        tensor([[ True,  True, False]])
+    """
+    check_choice("rule", rule, Rule)
+    tau = check_tau(float(tau))
+    if not scores_TE.is_floating_point() or scores_TE.dim() < 1 or scores_TE.shape[-1] == 0:
+        raise ValueError(f"scores must be floating point [..., E] with E >= 1, not {scores_TE.dtype} {scores_TE.shape}")
+    if not bool(torch.isfinite(scores_TE).all()):
+        raise ValueError("scores hold NaN or infinity: check the router's weights and its input")
+    return mask_from_scores(scores_TE, torch.tensor(tau, device=scores_TE.device), rule)
+
+
+def mask_from_scores(scores_TE: Tensor, tau: Tensor, rule: Rule) -> Tensor:
+    """:func:`select_experts` without checks and without a device synchronisation; ``tau`` is a 0-d float32 tensor.
+
+    A token whose scores are NaN gets every expert, so that the NaN shows in the output as it would in the dense model.
+    """
+    p_TE = torch.softmax(scores_TE.to(torch.float32), dim=-1)
+    ranked_TE, order_TE = torch.sort(p_TE, dim=-1, descending=True, stable=True)
+    through_TE = torch.cumsum(ranked_TE, dim=-1)
+    if rule == "reach":
+        mass_TE = torch.cat([torch.zeros_like(through_TE[..., :1]), through_TE[..., :-1]], dim=-1)
+    else:
+        mass_TE = torch.cat([torch.zeros_like(through_TE[..., :1]), through_TE[..., 1:]], dim=-1)
+    # Negated, so that NaN counts as active.
+    inactive_TE = (mass_TE >= tau) & (tau < 1.0)
+    return torch.zeros_like(inactive_TE).scatter(-1, order_TE, ~inactive_TE)

@@ -1,0 +1,283 @@
+"""The front door: a dense model becomes a sparse one, in place, and back.
+
+Everything is decided first, on the untouched model (:func:`_plan`), and then applied layer by layer (:func:`_apply`), so
+that what fails or is interrupted leaves the model as it was.
+
+Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from torch_prunepath.budget import sensitivity_budgets
+from torch_prunepath.calibrate import visit_inputs
+from torch_prunepath.config import SparsifyConfig, check_tau, num_experts
+from torch_prunepath.data import Inputs, as_inputs, can_sample, sample_text
+from torch_prunepath.discover import find_ffns
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.layer import ExpertsSpec, RoutedExperts, is_sparse, make_dense, make_routed
+from torch_prunepath.manifest import attach, attached, describe
+from torch_prunepath.partition import partition
+from torch_prunepath.router import Router, centroid_init, contribution_shares, fit_router
+from torch_prunepath.sparsity import layer_tau, register_routing_hook, sparse_layers
+
+logger = logging.getLogger(__name__)
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+PARTITION_TOKENS = 4096
+"""Tokens whose activations decide which neurons form an expert, at most."""
+
+
+@dataclass(frozen=True)
+class _LayerPlan:
+    order_F: Tensor
+    weight_ED: Tensor
+    bias_E: Tensor | None
+
+
+def sparsify(
+    model: ModelT,
+    tau: float = 0.9,
+    *,
+    config: SparsifyConfig | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> ModelT:
+    """Turn every feed-forward network of a model into routed experts, in place (PrunePath, arXiv 2605.28283).
+
+    Names and shapes of the model's parameters stay; each sparse layer gains ``router`` and ``permutation``. Nothing is
+    trained: neurons are grouped and routers fitted on calibration data.
+
+    Args:
+        model: a Hugging Face model, or any module whose FFNs :func:`torch_prunepath.discover.find_ffns` finds.
+        tau: router mass that the active experts must reach, in (0, 1]; 1 computes the dense model. See
+            :func:`torch_prunepath.set_tau` and :func:`torch_prunepath.set_sparsity` to change it later.
+        config: how experts and routers are built; the default is the best that was measured.
+        calibration: texts (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of these. With
+            None a causal language model samples its own text; other models are converted from their weights alone.
+        tokenizer: for texts.
+        progress: show progress bars.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if tau or config is invalid, nothing can be made sparse, the model is sparse already, has no weights
+            yet (meta device), or the data does not fit. The model is as it was.
+
+    Example::
+
+        model = AutoModelForCausalLM.from_pretrained(name)
+        torch_prunepath.sparsify(model, tau=0.9)
+    """
+    tau = check_tau(tau)
+    config = SparsifyConfig() if config is None else config
+    _refuse(model)
+    views = [FFNView(model, spec) for spec in find_ffns(model)]
+    inputs = None
+    if config.needs_data:
+        config, inputs = _calibration(model, config, calibration, tokenizer, progress)
+    elif calibration is not None:
+        raise ValueError(f"calibration is given, but nothing in {config} uses it: leave it out, or change the config")
+    budgets = {view.site: 1.0 for view in views}
+    if config.budget == "sensitivity":
+        assert inputs is not None
+        budgets = sensitivity_budgets(model, views, inputs, seed=config.seed, progress=progress)
+    plans = _plan(model, views, config, inputs, progress)
+    _apply(views, plans, config, tau, budgets)
+    attach(model, describe(model, config))
+    return model
+
+
+def _refuse(model: nn.Module) -> None:
+    if any(is_sparse(module) for module in model.modules()):
+        raise ValueError("the model is sparse already: use set_tau to change it, or densify(model) first")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError("the model has parameters without data (meta device): load its weights first")
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError(
+            "the model carries a quantization_config: make it sparse before quantising, or load it unquantised "
+            "(a model dequantised from GGUF: delete model.config.quantization_config)"
+        )
+
+
+def _calibration(
+    model: nn.Module, config: SparsifyConfig, calibration: Any, tokenizer: Any, progress: bool
+) -> tuple[SparsifyConfig, Inputs | None]:
+    """Inputs to calibrate on; or, where there is nothing, a config that does without."""
+    if calibration is None and can_sample(model):
+        ids = sample_text(model, config.calibration_tokens, config.seed, progress)
+        return config, as_inputs(ids, model)
+    if calibration is None:
+        logger.warning(
+            "no calibration data, and %s cannot write its own: grouping neurons by their weights and starting routers at "
+            "centroids; pass calibration= for much better routing",
+            type(model).__name__,
+        )
+        return dataclasses.replace(config, partition="kmeans", router="centroid", budget="uniform"), None
+    return config, as_inputs(calibration, model, tokenizer, config.calibration_tokens)
+
+
+def _plan(
+    model: nn.Module, views: Sequence[FFNView], config: SparsifyConfig, inputs: Inputs | None, progress: bool
+) -> dict[str, _LayerPlan]:
+    """Decide every layer's permutation and router; the model is only read."""
+    plans: dict[str, _LayerPlan] = {}
+    with tqdm(total=len(views), desc="building experts", unit="layer", disable=not progress) as bar:
+
+        def plan(view: FFNView, x_ND: Tensor | None) -> None:
+            plans[view.site] = _plan_layer(view, x_ND, config)
+            bar.update()
+
+        if inputs is None or not (config.partition == "coactivation" or config.router == "fitted"):
+            for view in views:
+                plan(view, None)
+        else:
+            visit_inputs(model, views, inputs, plan)
+    return plans
+
+
+@torch.no_grad()
+def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig) -> _LayerPlan:
+    size = config.expert_size
+    h_NF = None if x_ND is None else view.hidden(x_ND)
+    contributions = None
+    if h_NF is not None and config.partition == "coactivation":
+        sample_TF = h_NF[:: -(-h_NF.shape[0] // PARTITION_TOKENS)].float()
+        contributions = sample_TF.abs() * view.down_FD.float().norm(dim=-1)
+    order_F = partition(config.partition, view, contributions, size, config.seed)
+    weight_ED, bias_E = _start_router(view, order_F, x_ND, h_NF, config)
+    dtype = view.up.weight.dtype
+    return _LayerPlan(order_F, weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))  # type: ignore[arg-type, union-attr]
+
+
+def _start_router(
+    view: FFNView, order_F: Tensor, x_ND: Tensor | None, h_NF: Tensor | None, config: SparsifyConfig
+) -> tuple[Tensor, Tensor | None]:
+    size = config.expert_size
+    if config.router == "centroid":
+        return centroid_init(view, order_F, size), None
+    if config.router == "zero":
+        return view.up_FD.new_zeros(num_experts(view.spec.ffn_size, size), view.spec.hidden_size), None
+    assert x_ND is not None and h_NF is not None
+    order_F = order_F.to(h_NF.device)
+    return fit_router(x_ND, contribution_shares(h_NF[:, order_F], view.down_FD[order_F], size))
+
+
+def _apply(
+    views: Sequence[FFNView],
+    plans: dict[str, _LayerPlan],
+    config: SparsifyConfig,
+    tau: float,
+    budgets: dict[str, float],
+) -> None:
+    """Convert layer by layer; needs the memory of one more layer. Undoes everything if it cannot finish."""
+    experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset)
+    done: list[tuple[FFNView, Tensor]] = []
+    for view in views:
+        plan = plans[view.site]
+        originals = [(parameter, parameter.data) for parameter in view.parameters()]
+        try:
+            view.permute_(plan.order_F)
+            budget = budgets[view.site]
+            make_routed(view, experts, _router(plan), plan.order_F, layer_tau(tau, budget), budget)
+        except BaseException:
+            make_dense(view)
+            for parameter, data in originals:
+                parameter.data = data
+            for earlier, order_F in reversed(done):
+                make_dense(earlier)
+                earlier.unpermute_(order_F)
+            raise
+        done.append((view, plan.order_F))
+
+
+def _router(plan: _LayerPlan) -> Router:
+    experts, hidden = plan.weight_ED.shape
+    router = Router(hidden, experts, bias=plan.bias_E is not None, device="meta")
+    router.weight = nn.Parameter(plan.weight_ED)
+    if plan.bias_E is not None:
+        router.bias = nn.Parameter(plan.bias_E)
+    return router
+
+
+def _views(model: nn.Module) -> dict[str, FFNView]:
+    """The FFN behind each sparse layer, by layer name, also where the model is nested in another since."""
+    views = {}
+    for name, layer in sparse_layers(model).items():
+        prefix = name.removesuffix(layer.name)
+        spec = dataclasses.replace(layer.ffn, name=(prefix + layer.ffn.name).rstrip("."))
+        views[name] = FFNView(model, spec)
+    return views
+
+
+def densify(model: ModelT) -> ModelT:
+    """Undo :func:`sparsify` in place: every weight bit-exactly where it was, routers gone.
+
+    Raises:
+        ValueError: if the model holds no sparse FFN.
+    """
+    layers = sparse_layers(model)
+    for name, view in _views(model).items():
+        order_F = layers[name].permutation
+        make_dense(view)
+        view.unpermute_(order_F)
+    attach(model, None)
+    return model
+
+
+def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress: bool = True) -> ModelT:
+    """Fit the routers of a sparse model anew, in place, to what its experts contribute on ``batches``.
+
+    Layer by layer, on the hidden states of the dense model: soft-label cross-entropy of ``softmax(router(x))`` against
+    each expert's share of the contribution norm.
+
+    Args:
+        model: a sparse model.
+        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``; all of it
+            is used, in one batch.
+        tokenizer: for texts.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the model holds no sparse FFN or the data does not fit. No router is changed.
+    """
+    layers, views = sparse_layers(model), _views(model)
+    inputs = as_inputs(batches, model, tokenizer)
+    fitted: dict[str, tuple[Tensor, Tensor]] = {}
+    with tqdm(total=len(views), desc="fitting routers", unit="layer", disable=not progress) as bar:
+
+        def visit(view: FFNView, x_ND: Tensor) -> None:
+            layer = layers[view.site]
+            shares_NE = contribution_shares(view.hidden(x_ND), view.down_FD, layer.experts.expert_size)
+            fitted[view.site] = fit_router(x_ND, shares_NE)
+            bar.update()
+
+        # Every expert active: hidden states as the dense model has them.
+        with register_routing_hook(model, lambda routing: torch.ones_like(routing.mask_TE)):
+            visit_inputs(model, list(views.values()), inputs, visit)
+    with torch.no_grad():
+        for name, (weight_ED, bias_E) in fitted.items():
+            _load_router(layers[name], weight_ED, bias_E)
+    manifest = attached(model)
+    if manifest is not None:
+        attach(model, describe(model, dataclasses.replace(manifest.config, router="fitted")))
+    return model
+
+
+def _load_router(layer: RoutedExperts, weight_ED: Tensor, bias_E: Tensor) -> None:
+    layer.router.weight.copy_(weight_ED)
+    if layer.router.bias is None:
+        layer.router.bias = nn.Parameter(bias_E.to(layer.router.weight.dtype))
+    else:
+        layer.router.bias.copy_(bias_E)

@@ -1,0 +1,247 @@
+"""Choosing and measuring how sparse a sparse model is: tau, target sparsity, recording, routing hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from torch_prunepath.calibrate import PaddingTracker
+from torch_prunepath.config import check_tau, num_experts
+from torch_prunepath.data import evaluating, iterate_inputs
+from torch_prunepath.layer import RoutedExperts, Routing, RoutingHook
+from torch_prunepath.manifest import attach, attached, describe
+
+MIN_TAU = 1e-30
+"""Smallest tau of a layer that stays positive in float32; at this mass only the top expert is active."""
+
+
+def sparse_layers(model: nn.Module) -> dict[str, RoutedExperts]:
+    """The sparse layers of a model by qualified name, in module order.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
+    if not layers:
+        raise ValueError("the model holds no sparse FFN: call torch_prunepath.sparsify(model) first")
+    return layers
+
+
+def layer_tau(tau: float, budget: float) -> float:
+    """Tau of one layer, ``tau ** budget``.
+
+    Near 1 the mass that the layer gives up is ``budget * (1 - tau)``; 1 stays 1, and all layers reach 0 together.
+    """
+    return max(MIN_TAU, tau**budget)
+
+
+def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]) -> None:
+    """Set how much router mass every layer keeps, in place; compiled code goes on with the new value.
+
+    Args:
+        model: a sparse model.
+        tau: one number in (0, 1] for the model, scaled for each layer by its budget; or one number a layer, as a sequence
+            in module order or a mapping from layer name, taken as they are.
+
+    Raises:
+        ValueError: if a value is outside (0, 1], a sequence's length is wrong or a name is unknown. No layer is changed.
+    """
+    layers = sparse_layers(model)
+    if isinstance(tau, Mapping):
+        unknown = [name for name in tau if name not in layers]
+        if unknown:
+            raise ValueError(f"no sparse layer is called {unknown[0]!r}; there are: {', '.join(layers)}")
+        values = {name: check_tau(value) for name, value in tau.items()}
+    elif isinstance(tau, Sequence):
+        if len(tau) != len(layers):
+            raise ValueError(
+                f"{len(tau)} values of tau for {len(layers)} sparse layers: give one a layer, or one number"
+            )
+        values = {name: check_tau(value) for name, value in zip(layers, tau, strict=True)}
+    else:
+        tau = check_tau(tau)
+        values = {name: layer_tau(tau, layer.budget) for name, layer in layers.items()}
+    with torch.no_grad():
+        for name, value in values.items():
+            layers[name].tau.fill_(value)
+    manifest = attached(model)
+    if manifest is not None:
+        attach(model, describe(model, manifest.config))
+
+
+def register_routing_hook(model: nn.Module, fn: RoutingHook) -> Handles:
+    """Observe or replace what every layer's router selects.
+
+    ``fn(routing)`` gets a :class:`torch_prunepath.Routing` (layer name, input, scores, mask) after each selection. What it
+    returns, if not None, is used as the mask instead: bool ``[T, E]``.
+
+    Returns:
+        A handle; ``handle.remove()`` ends it, and so does leaving it as a context manager.
+
+    Raises:
+        ValueError: if the model holds no sparse FFN.
+    """
+    return Handles([layer.register_routing_hook(fn) for layer in sparse_layers(model).values()])
+
+
+class Handles:
+    """Several hook handles as one."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Remove all the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> Handles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+class SparsityRecord:
+    """What :func:`record_sparsity` counted. Reading it synchronises with the device once; counting never does."""
+
+    def __init__(self) -> None:
+        self._inactive: dict[str, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._neurons: dict[str, int] = {}
+
+    def _count(self, layer: RoutedExperts, routing: Routing, keep_T: Tensor | None) -> None:
+        name, mask_TE = routing.name, routing.mask_TE
+        size, neurons = layer.experts.expert_size, layer.ffn.ffn_size
+        sizes_E = torch.full((num_experts(neurons, size),), size, device=mask_TE.device, dtype=torch.float64)
+        sizes_E[-1] = neurons - size * (len(sizes_E) - 1)
+        inactive_T = (~mask_TE).to(torch.float64) @ sizes_E
+        real_T = torch.ones_like(inactive_T) if keep_T is None else keep_T.to(torch.float64)
+        self._neurons[name] = neurons
+        self._inactive[name] = self._inactive.get(name, 0) + (inactive_T * real_T).sum()
+        self._tokens[name] = self._tokens.get(name, 0) + real_T.sum()
+
+    @property
+    def per_layer(self) -> dict[str, float]:
+        """Share of inactive neurons of each layer, averaged over the tokens it saw."""
+        return {
+            name: float(inactive) / max(float(self._tokens[name]), 1.0) / self._neurons[name]
+            for name, inactive in self._inactive.items()
+        }
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen by the layer that saw most; padding left out."""
+        return max((int(tokens) for tokens in self._tokens.values()), default=0)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of inactive neurons, averaged over tokens, then over layers.
+
+        Raises:
+            ValueError: if no token ran through the model while recording.
+        """
+        if not self.tokens:
+            raise ValueError(
+                "no token ran through the sparse layers while recording: call the model inside the context"
+            )
+        per_layer = self.per_layer
+        return sum(per_layer.values()) / len(per_layer)
+
+
+@contextlib.contextmanager
+def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
+    """Count active neurons while the context is open; costs nothing outside it. Padding tokens do not count.
+
+    Example::
+
+        with record_sparsity(model) as record:
+            model(**batch)
+        print(record.sparsity, record.per_layer)
+
+    Raises:
+        ValueError: if the model holds no sparse FFN.
+    """
+    layers = {layer.name: layer for layer in sparse_layers(model).values()}
+    record = SparsityRecord()
+    with PaddingTracker(model) as tracker:
+
+        def count(routing: Routing) -> None:
+            record._count(layers[routing.name], routing, tracker.keep(routing.shape))
+
+        with register_routing_hook(model, count):
+            yield record
+
+
+def set_sparsity(
+    model: nn.Module,
+    target: float,
+    batches: Any,
+    *,
+    tokenizer: Any = None,
+    tolerance: float = 0.002,
+    progress: bool = True,
+) -> float:
+    """Find the tau whose realised sparsity on ``batches`` is ``target``, by bisection, set it and return it.
+
+    Args:
+        model: a sparse model.
+        target: share of inactive neurons, in [0, 1).
+        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``.
+        tokenizer: for texts.
+        tolerance: stop as soon as the realised sparsity is this near.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if target is outside [0, 1), or so high that not even one expert a layer reaches it. tau is unchanged.
+    """
+    if not 0.0 <= target < 1.0:
+        raise ValueError(f"target sparsity {target} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons")
+    before = {name: float(layer.tau) for name, layer in sparse_layers(model).items()}
+    inputs = list(iterate_inputs(batches, model, tokenizer))
+    try:
+        return _bisect(model, target, inputs, tolerance, progress)
+    except BaseException:
+        set_tau(model, before)
+        raise
+
+
+def measure_sparsity(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
+    """Realised sparsity over batches of model inputs, in evaluation mode."""
+    with evaluating(model), record_sparsity(model) as record:
+        for batch in batches:
+            model(**batch)
+    return record.sparsity
+
+
+def _bisect(model: nn.Module, target: float, inputs: list[dict[str, Any]], tolerance: float, progress: bool) -> float:
+    if target == 0.0:
+        set_tau(model, 1.0)
+        return 1.0
+    # tau = u ** 8: where budgets are small, high sparsity needs a tau many orders of magnitude below 1.
+    low, high, tau = 1e-3, 1.0, 1.0
+    with tqdm(total=17, desc=f"finding tau for sparsity {target:g}", disable=not progress) as bar:
+        set_tau(model, low**8)
+        most = measure_sparsity(model, inputs)
+        bar.update()
+        if most < target - tolerance:
+            raise ValueError(
+                f"sparsity {target:g} is out of reach: one expert a layer is active at {most:.3f} already; "
+                "use a smaller expert_size"
+            )
+        for _ in range(16):
+            middle = (low + high) / 2
+            tau = middle**8
+            set_tau(model, tau)
+            found = measure_sparsity(model, inputs)
+            bar.update()
+            bar.set_postfix(tau=f"{tau:.4f}", sparsity=f"{found:.3f}")
+            if abs(found - target) <= tolerance:
+                break
+            low, high = (middle, high) if found > target else (low, middle)
+    return tau
