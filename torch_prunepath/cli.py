@@ -1,0 +1,147 @@
+"""The command line ``prunepath``: what it takes, and which job each command runs.
+
+Nothing heavy is imported before a command is known, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch_prunepath.errors import UserError
+
+TAUS = (0.98, 0.95, 0.9, 0.8)
+SETTINGS = {
+    "expert_size": int,
+    "partition": str,
+    "router": str,
+    "rule": str,
+    "gate": str,
+    "gate_offset": float,
+    "budget": str,
+    "calibration_tokens": int,
+    "seed": int,
+}
+"""Fields of ``SparsifyConfig``, which checks and documents their values."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code: 0, 2 if the person must mend something, 130 if interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        # Standard output is for the result alone, whatever a library prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            results, text = arguments.job(arguments)
+    except KeyboardInterrupt:
+        print("prunepath: interrupted", file=sys.stderr)
+        return 130
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"prunepath: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(results, allow_nan=False) if arguments.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prunepath", description="Sparse experts with a run-time sparsity knob for pretrained transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"torch-prunepath {metadata.version('torch-prunepath')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_quickstart(commands)
+    _add_sparsify(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, job: Any, summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(job=job)
+    return command
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text to fit and measure on (default: Python's help topics)"
+    )
+
+
+def _add_quickstart(commands: Any) -> None:
+    command = _add_command(
+        commands, "quickstart", _quickstart, "Sparsify a small model; measure quality and speed; save and reload it."
+    )
+    command.add_argument("--model", help="name or folder of a causal language model (default: SmolLM2-135M-Instruct)")
+    _add_text(command)
+    command.add_argument("-o", "--output", type=Path, default=Path("prunepath-quickstart"), help="folder to write")
+    command.add_argument(
+        "--tau", type=float, nargs="+", default=TAUS, help="thresholds to measure; the checkpoint keeps the first"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+
+
+def _quickstart(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from torch_prunepath import quickstart
+
+    options = quickstart.Options(
+        model=arguments.model,
+        text=arguments.text,
+        output=arguments.output,
+        taus=arguments.tau,
+        seed=arguments.seed,
+    )
+    results = quickstart.run(options)
+    return results, quickstart.render(results)
+
+
+def _add_sparsify(commands: Any) -> None:
+    command = _add_command(commands, "sparsify", _sparsify, "Sparsify a causal language model and save the checkpoint.")
+    command.add_argument("model", metavar="MODEL", help="name or folder of a causal language model, or a GGUF file")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder to write; must not exist, or be empty"
+    )
+    knob = command.add_mutually_exclusive_group()
+    knob.add_argument("--tau", type=float, default=0.9, help="threshold in (0, 1] (default: 0.9)")
+    knob.add_argument("--sparsity", type=float, help="find the tau that reaches this inactive share of neurons")
+    _add_text(command)
+    settings = command.add_argument_group("settings", "fields of torch_prunepath.SparsifyConfig, which documents them")
+    for name, kind in SETTINGS.items():
+        settings.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__
+        )
+
+
+def _sparsify(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from torch_prunepath import convert
+
+    options = convert.Options(
+        model=arguments.model,
+        text=arguments.text,
+        output=arguments.output,
+        tau=arguments.tau,
+        sparsity=arguments.sparsity,
+        settings={name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)},
+    )
+    results = convert.run(options)
+    return results, convert.render(results)
+
+
+def _add_info(commands: Any) -> None:
+    command = _add_command(commands, "info", _info, "Describe a sparse checkpoint without loading its weights.")
+    command.add_argument("folder", metavar="DIR", type=Path, help="a folder that save_pretrained wrote")
+
+
+def _info(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from torch_prunepath import convert
+
+    results = convert.info(arguments.folder)
+    return results, convert.render_info(results)
