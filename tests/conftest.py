@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
+
+# The tests' tensors are tiny: a second thread gains nothing, and costs much where other processes keep the cores busy.
+torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -15,8 +19,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _need_gpu() -> None:
-    import torch
-
     if torch.cuda.is_available():
         return
     if os.environ.get("PRUNEPATH_REQUIRE_GPU") == "1":
