@@ -1,7 +1,7 @@
-"""Makes ``from_pretrained`` rebuild sparse models: a quantization method in transformers' registry that quantises nothing.
+"""Makes ``from_pretrained`` rebuild sparse models, as a quantization method that quantises nothing.
 
-transformers builds the dense model without weights, this method makes it sparse (:func:`torch_prunepath.manifest.rebuild`),
-and the ordinary loading fills in weights, routers and permutations.
+transformers builds the dense model without weights, this method makes it sparse
+(:func:`torch_prunepath.manifest.rebuild`), and the ordinary loading fills in weights, routers and permutations.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PrunePathQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         manifest = self.quantization_config.manifest
-        for view, layer in ((resolve(model, layer.ffn), layer) for layer in manifest.layers):
+        for view in [resolve(model, layer.ffn) for layer in manifest.layers]:
             _check_permutation(view)
             view.lay_out_()
         taus = [layer.tau for layer in manifest.layers]
@@ -93,7 +93,7 @@ class PrunePathQuantizer(HfQuantizer):
 
 def _check_permutation(view: FFNView) -> None:
     site = view.up if view.spec.split else view.owner
-    order_F = site.permutation
+    order_F: torch.Tensor = site.permutation  # type: ignore[assignment]
     if not torch.equal(order_F.sort().values.cpu(), torch.arange(view.spec.ffn_size, dtype=order_F.dtype)):
         raise ValueError(
             f"damaged checkpoint: the permutation of {view.site} is none; save or download the model again"

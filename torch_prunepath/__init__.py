@@ -6,15 +6,14 @@ torch_prunepath.sparsify(model, tau=0.9)
 
 from __future__ import annotations
 
+# Last: makes transformers' from_pretrained know sparse checkpoints.
+import torch_prunepath.integrations.transformers  # noqa: F401
 from torch_prunepath.checkpoint import load
 from torch_prunepath.config import FFNSpec, SparsifyConfig
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.layer import Routing
 from torch_prunepath.sparsify import densify, fit_routers, sparsify
 from torch_prunepath.sparsity import record_sparsity, register_routing_hook, set_sparsity, set_tau, sparse_layers
-
-# Last: makes transformers' from_pretrained know sparse checkpoints.
-import torch_prunepath.integrations.transformers  # isort: skip
 
 __version__ = "0.1.0"
 

@@ -145,6 +145,7 @@ def _is_ids(value: Any) -> bool:
 
 @contextlib.contextmanager
 def removing(handle: Any) -> Iterator[None]:
+    """Remove a hook's handle at the end of the context."""
     try:
         yield
     finally:

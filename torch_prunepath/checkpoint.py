@@ -40,7 +40,8 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
         **kwargs: passed on to ``from_pretrained``, for instance ``dtype`` or ``device_map``.
 
     Raises:
-        ValueError: if the directory is no sparse checkpoint, a part of it is missing or damaged, or it is of a newer format.
+        ValueError: if the directory is no sparse checkpoint, a part of it is missing or damaged, or it is of a newer
+            format.
     """
     import transformers
     from safetensors import SafetensorError

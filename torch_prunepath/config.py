@@ -42,8 +42,8 @@ class FFNSpec:
 
     Attributes:
         name: qualified name of the owner, a module that holds every part.
-        split: False if the owner's ``forward(x)`` is exactly this FFN (dropouts apart), so that the owner itself is made
-            sparse; True if the owner does more, so that ``up`` and ``down`` are made sparse one by one.
+        split: False if the owner's ``forward(x)`` is exactly this FFN (dropouts apart), so that the owner itself is
+            made sparse; True if the owner does more, so that ``up`` and ``down`` are made sparse one by one.
         up: the linear layer ``[D] -> [F]`` (fc1 of a plain FFN), or ``[D] -> [2F]`` if ``fused``.
         down: the linear layer ``[F] -> [D]``.
         gate: the gate's own linear layer; None if the FFN is plain or ``fused``.
@@ -95,8 +95,8 @@ class SparsifyConfig:
             below tau, and the top expert (the rule of the PrunePath authors' released code).
         gate: weight of an active expert's output: ``"one"``, or ``"sigmoid"`` of its score (arXiv 2605.28283).
         gate_offset: constant added to every score inside the sigmoid gate, which softmax would not see.
-        budget: ``"uniform"``: one tau for all layers; ``"sensitivity"``: ``1 - tau`` of a layer is scaled by how well the
-            layer bears to lose mass, measured on the calibration data.
+        budget: ``"uniform"``: one tau for all layers; ``"sensitivity"``: ``1 - tau`` of a layer is scaled by how well
+            the layer bears to lose mass, measured on the calibration data.
         calibration_tokens: tokens taken from the calibration data, at most.
         seed: seed of everything random in the conversion.
     """

@@ -35,7 +35,7 @@ def as_inputs(calibration: Any, model: nn.Module, tokenizer: Any = None, tokens:
         ValueError: if there is no data, texts come without tokenizer, or batches do not fit together.
         TypeError: if the data is of another type.
     """
-    batches = [calibration] if isinstance(calibration, Tensor | Mapping | str) else list(calibration)
+    batches: list[Any] = [calibration] if isinstance(calibration, Tensor | Mapping | str) else _listed(calibration)
     if not batches:
         raise ValueError("calibration is empty: pass texts, token batches, or None")
     if any(isinstance(batch, str) for batch in batches):
@@ -54,6 +54,13 @@ def as_inputs(calibration: Any, model: nn.Module, tokenizer: Any = None, tokens:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     device = next(model.parameters()).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def _listed(calibration: Any) -> list[Any]:
+    try:
+        return list(calibration)
+    except TypeError:
+        return [calibration]  # refused by type, like any other thing that is no batch
 
 
 def _as_mapping(batch: Any) -> Inputs:

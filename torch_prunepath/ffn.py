@@ -1,7 +1,7 @@
 """One feed-forward network of a model, seen the same way whatever its layers are called or how they store weights.
 
-Shapes: T tokens, D hidden size, F neurons. A *row* of a weight is the D numbers that belong to one neuron: a row of gate
-and up, a column of down.
+Shapes: T tokens, D hidden size, F neurons. A *row* of a weight is the D numbers that belong to one neuron: a row of
+gate and up, a column of down.
 """
 
 from __future__ import annotations

@@ -278,8 +278,7 @@ def _bases(sparse: type) -> tuple[type, type]:
 def _blank(dense: type, kind: type) -> nn.Module:
     """An instance without state, for pickle and deepcopy: the class has no importable name of its own."""
     cls = _sparse_class(dense, kind)
-    module: nn.Module = cls.__new__(cls)
-    return module
+    return cls.__new__(cls)  # type: ignore[no-any-return, call-overload]
 
 
 def is_sparse(module: nn.Module) -> bool:
@@ -302,7 +301,7 @@ def make_routed(
     """
     spec = view.spec
     site = view.up if spec.split else view.owner
-    device = view.up.weight.device
+    device = weight_out_in(view.up).device
     site.__class__ = _sparse_class(type(site), SparseUp if spec.split else SparseFFN)
     assert isinstance(site, RoutedExperts)
     site.ffn, site.experts, site.budget, site.routing_hooks = spec, experts, budget, OrderedDict()

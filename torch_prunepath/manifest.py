@@ -78,9 +78,7 @@ def describe(model: nn.Module, config: SparsifyConfig) -> Manifest:
     """The manifest of a sparse model."""
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     return Manifest(
-        tuple(
-            LayerManifest(m.ffn, m.experts, float(m.tau), m.budget, m.router.bias is not None) for m in layers
-        ),
+        tuple(LayerManifest(m.ffn, m.experts, float(m.tau), m.budget, m.router.bias is not None) for m in layers),
         config,
     )
 
@@ -99,7 +97,7 @@ def attach(model: nn.Module, manifest: Manifest | None) -> None:
 def attached(model: nn.Module) -> Manifest | None:
     """The manifest that the model's config carries, if any."""
     data = getattr(getattr(model, "config", None), "quantization_config", None)
-    if data is None or isinstance(data, Mapping) and data.get("quant_method") != METHOD:
+    if data is None:
         return None
     data = data if isinstance(data, Mapping) else data.to_dict()
     return Manifest.from_dict(data) if data.get("quant_method") == METHOD else None
@@ -141,8 +139,8 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         actual, spec = tuple(view.down_FD.shape), view.spec
         if actual != (spec.ffn_size, spec.hidden_size):
             raise ValueError(
-                f"the checkpoint says that the FFN at {spec.name!r} is {spec.hidden_size}x{spec.ffn_size}, but the model "
-                f"has {actual[1]}x{actual[0]}: config.json and the weights do not belong together"
+                f"the checkpoint says that the FFN at {spec.name!r} is {spec.hidden_size}x{spec.ffn_size}, but "
+                f"the model has {actual[1]}x{actual[0]}: config.json and the weights do not belong together"
             )
     for view, layer in zip(views, manifest.layers, strict=True):
         weight = weight_out_in(view.up)

@@ -5,8 +5,8 @@
 
 They are opaque to ``torch.compile``, so that a backend can find and replace them. Shapes: T tokens, D hidden size,
 F neurons, E experts of S neurons (the last may be smaller). Weights are *rows* ``[F, D]``: one neuron's D numbers each.
-The default implementations compute every neuron and zero those of inactive experts; on CPU, calls of few tokens read only
-the rows of the experts that some token activates.
+The default implementations compute every neuron and zero those of inactive experts; on CPU, calls of few tokens read
+only the rows of the experts that some token activates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEW_TOKENS = 16
 """Calls of at most this many tokens gather the active rows on CPU."""
 
 FEW_ROWS = 0.85
-"""... if the experts that some token activates hold at most this share of the neurons: gathering copies each row once."""
+"""... if the experts that some token activates hold at most this share of the neurons."""
 
 
 def expand_experts(values_TE: Tensor, expert_size: int, ffn_size: int) -> Tensor:
@@ -52,7 +52,7 @@ def _weighted(h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, expert_siz
 
 
 def active_rows(mask_TE: Tensor, expert_size: int, ffn_size: int) -> Tensor | None:
-    """Indices ``[R]`` of the neurons that some token activates, or None where computing all of them is the better way."""
+    """Indices ``[R]`` of the neurons that some token activates, or None where computing all is better."""
     if mask_TE.shape[0] > FEW_TOKENS:
         return None
     used_E = mask_TE.any(0)
@@ -66,7 +66,7 @@ def active_rows(mask_TE: Tensor, expert_size: int, ffn_size: int) -> Tensor | No
 
 @torch.library.custom_op("prunepath::select_experts", mutates_args=())
 def select_experts(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
-    """:func:`torch_prunepath.select.select_experts` as an operator; ``tau`` is a 0-d float32 tensor. Has no gradient."""
+    """:func:`torch_prunepath.select.select_experts` as an operator; ``tau``: 0-d float32. No gradient."""
     return mask_from_scores(scores_TE, tau, rule)  # type: ignore[arg-type]
 
 
@@ -110,8 +110,10 @@ def expert_up(
     Args:
         x_TD: ``[T, D]``.
         mask_TE: bool ``[T, E]``, E = ceil(F / S).
-        up_FD, gate_FD: rows ``[F, D]`` in the dtype of ``x_TD``, any strides.
-        up_bias_F, gate_bias_F: ``[F]`` or None.
+        up_FD: rows ``[F, D]`` in the dtype of ``x_TD``, any strides.
+        up_bias_F: ``[F]`` or None.
+        gate_FD: as ``up_FD``, or None.
+        gate_bias_F: ``[F]`` or None.
         activation: key of ``ACTIVATIONS``, or ``"none"``.
         expert_size: S.
 

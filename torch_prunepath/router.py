@@ -14,9 +14,10 @@ from torch_prunepath.ffn import FFNView
 
 
 class Router(nn.Linear):
-    """``nn.Linear(D, E)`` that always computes in float32: ``[..., D] -> [..., E]`` float32, whatever it is stored in."""
+    """``nn.Linear(D, E)`` that computes and answers in float32, whatever its weights are stored in."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., E]``."""
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return nnf.linear(x.float(), self.weight.float(), bias)
@@ -30,7 +31,9 @@ def expert_sums(values_NF: Tensor, expert_size: int) -> Tensor:
 
 
 def centroid_init(view: FFNView, order_F: Tensor, expert_size: int) -> Tensor:
-    """Router weight ``[E, D]``: the mean of each expert's L2-normalised gate (or up) rows (MoEfication, arXiv 2110.01786).
+    """Router weight ``[E, D]``: the mean of each expert's L2-normalised gate (or up) rows.
+
+    From MoEfication (arXiv 2110.01786).
 
     Args:
         view: the dense FFN, its neurons in their original order.

@@ -14,10 +14,11 @@ from torch_prunepath.config import Rule, check_choice, check_tau
 def select_experts(scores_TE: Tensor, tau: float | Tensor, rule: Rule = "reach") -> Tensor:
     """Choose the active experts of every token (PrunePath, arXiv 2605.28283).
 
-    Experts are ranked by ``p = softmax(scores)`` in float32, ties by lower index, and ``mass_before(e)`` is the sum of p
-    over the experts ranked ahead of e. With rule ``"reach"`` expert e is active iff ``mass_before(e) < tau``: the smallest
-    top-ranked set whose mass reaches tau. With rule ``"below"`` (the PrunePath authors' released code) it is active iff
-    the mass through e is under tau, and the top expert always is. Under both rules ``tau >= 1`` activates every expert.
+    Experts are ranked by ``p = softmax(scores)`` in float32, ties by lower index, and ``mass_before(e)`` is the sum of
+    p over the experts ranked ahead of e. With rule ``"reach"`` expert e is active iff ``mass_before(e) < tau``: the
+    smallest top-ranked set whose mass reaches tau. With rule ``"below"`` (the PrunePath authors' released code) it is
+    active iff the mass through e is under tau, and the top expert always is. Under both rules ``tau >= 1`` activates
+    every expert.
 
     Args:
         scores_TE: router scores ``[T, E]`` (or any leading dimensions), bf16, fp16, fp32 or fp64; compared in float32.

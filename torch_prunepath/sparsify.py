@@ -1,7 +1,7 @@
 """The front door: a dense model becomes a sparse one, in place, and back.
 
-Everything is decided first, on the untouched model (:func:`_plan`), and then applied layer by layer (:func:`_apply`), so
-that what fails or is interrupted leaves the model as it was.
+Everything is decided first, on the untouched model (:func:`_plan`), and then applied layer by layer (:func:`_apply`),
+so that what fails or is interrupted leaves the model as it was.
 
 Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
 """
@@ -63,8 +63,8 @@ def sparsify(
         tau: router mass that the active experts must reach, in (0, 1]; 1 computes the dense model. See
             :func:`torch_prunepath.set_tau` and :func:`torch_prunepath.set_sparsity` to change it later.
         config: how experts and routers are built; the default is the best that was measured.
-        calibration: texts (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of these. With
-            None a causal language model samples its own text; other models are converted from their weights alone.
+        calibration: texts (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of these.
+            With None a causal language model samples its own text; other models are converted from their weights alone.
         tokenizer: for texts.
         progress: show progress bars.
 
@@ -120,8 +120,8 @@ def _calibration(
         return config, as_inputs(ids, model)
     if calibration is None:
         logger.warning(
-            "no calibration data, and %s cannot write its own: grouping neurons by their weights and starting routers at "
-            "centroids; pass calibration= for much better routing",
+            "no calibration data, and %s cannot write its own: grouping neurons by their weights and starting routers "
+            "at centroids; pass calibration= for much better routing",
             type(model).__name__,
         )
         return dataclasses.replace(config, partition="kmeans", router="centroid", budget="uniform"), None
@@ -211,8 +211,8 @@ def _router(plan: _LayerPlan) -> Router:
     return router
 
 
-def _views(model: nn.Module) -> dict[str, FFNView]:
-    """The FFN behind each sparse layer, by layer name, also where the model is nested in another since."""
+def sparse_views(model: nn.Module) -> dict[str, FFNView]:
+    """The FFN behind each sparse layer of a model, by layer name, also where the model is nested in another since."""
     views = {}
     for name, layer in sparse_layers(model).items():
         prefix = name.removesuffix(layer.name)
@@ -228,7 +228,7 @@ def densify(model: ModelT) -> ModelT:
         ValueError: if the model holds no sparse FFN.
     """
     layers = sparse_layers(model)
-    for name, view in _views(model).items():
+    for name, view in sparse_views(model).items():
         order_F = layers[name].permutation
         make_dense(view)
         view.unpermute_(order_F)
@@ -244,15 +244,15 @@ def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress:
 
     Args:
         model: a sparse model.
-        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``; all of it
-            is used, in one batch.
+        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``; all
+            of it is used, in one batch.
         tokenizer: for texts.
         progress: show a progress bar.
 
     Raises:
         ValueError: if the model holds no sparse FFN or the data does not fit. No router is changed.
     """
-    layers, views = sparse_layers(model), _views(model)
+    layers, views = sparse_layers(model), sparse_views(model)
     inputs = as_inputs(batches, model, tokenizer)
     fitted: dict[str, tuple[Tensor, Tensor]] = {}
     with tqdm(total=len(views), desc="fitting routers", unit="layer", disable=not progress) as bar:

@@ -45,11 +45,12 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
 
     Args:
         model: a sparse model.
-        tau: one number in (0, 1] for the model, scaled for each layer by its budget; or one number a layer, as a sequence
-            in module order or a mapping from layer name, taken as they are.
+        tau: one number in (0, 1] for the model, scaled for each layer by its budget; or one number a layer, as a
+            sequence in module order or a mapping from layer name, taken as they are.
 
     Raises:
-        ValueError: if a value is outside (0, 1], a sequence's length is wrong or a name is unknown. No layer is changed.
+        ValueError: if a value is outside (0, 1], a sequence's length is wrong or a name is unknown. No layer is
+            changed.
     """
     layers = sparse_layers(model)
     if isinstance(tau, Mapping):
@@ -77,8 +78,8 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
 def register_routing_hook(model: nn.Module, fn: RoutingHook) -> Handles:
     """Observe or replace what every layer's router selects.
 
-    ``fn(routing)`` gets a :class:`torch_prunepath.Routing` (layer name, input, scores, mask) after each selection. What it
-    returns, if not None, is used as the mask instead: bool ``[T, E]``.
+    ``fn(routing)`` gets a :class:`torch_prunepath.Routing` (layer name, input, scores, mask) after each selection.
+    What it returns, if not None, is used as the mask instead: bool ``[T, E]``.
 
     Returns:
         A handle; ``handle.remove()`` ends it, and so does leaving it as a context manager.
@@ -198,7 +199,8 @@ def set_sparsity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if target is outside [0, 1), or so high that not even one expert a layer reaches it. tau is unchanged.
+        ValueError: if target is outside [0, 1), or so high that not even one expert a layer reaches it. tau is
+            unchanged.
     """
     if not 0.0 <= target < 1.0:
         raise ValueError(f"target sparsity {target} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons")

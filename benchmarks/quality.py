@@ -1,0 +1,271 @@
+"""Perplexity against sparsity without training: partitions, routers, expert sizes, beside static removal and the
+oracle.
+
+    python benchmarks/quality.py --model DIR_OR_GGUF --calibration FILE --test FILE --out
+    benchmarks/results/quality.json
+
+Every row is measured at the same realised sparsity on the test text, reached by bisection on tau. Baselines run
+through the same layers, as routing hooks: static removal keeps the same neurons for every token; the oracle routes by
+the experts' true contributions instead of the router's guess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import lzma
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from torch_prunepath import SparsifyConfig, densify, register_routing_hook, set_sparsity, sparse_layers, sparsify
+from torch_prunepath.calibrate import visit_inputs
+from torch_prunepath.data import as_inputs
+from torch_prunepath.discover import find_ffns
+from torch_prunepath.evaluate import perplexity
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.layer import Routing
+from torch_prunepath.models import load_model
+from torch_prunepath.report import machine
+from torch_prunepath.router import contribution_shares
+from torch_prunepath.select import mask_from_scores
+from torch_prunepath.sparsify import sparse_views
+
+PARTITIONS = ["coactivation", "kmeans", "contiguous", "random"]
+ROUTERS = ["fitted", "centroid", "zero"]
+Row = dict[str, Any]
+
+
+def read_text(path: Path) -> str:
+    """A text file, plain, .gz or .xz."""
+    import gzip
+
+    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "rt", encoding="utf-8") as file:
+        text: str = file.read()
+    return text
+
+
+def token_windows(text: str, tokenizer: Any, count: int, context: int) -> Tensor:
+    """The first ``count`` windows of ``context`` tokens: int64 ``[count, context]``."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < count * context:
+        raise SystemExit(f"the text has {len(ids)} tokens, {count} x {context} are needed: give a longer text")
+    return torch.tensor(ids[: count * context]).view(count, context)
+
+
+class Bench:
+    """One model and one test text; measures perplexity at exact sparsities."""
+
+    def __init__(self, model: Any, calibration_NC: Tensor, test_NC: Tensor, targets: list[float]) -> None:
+        self.model, self.targets = model, targets
+        self.calibration = as_inputs(calibration_NC, model)
+        self.test_NC = test_NC.to(model.device)
+        self.dense = perplexity(model, self.test_NC)
+
+    def perplexity_at(self, target: float) -> tuple[float, float]:
+        """(tau, perplexity) at a realised sparsity on the test text."""
+        batches = [window[None] for window in self.test_NC]
+        tau = set_sparsity(self.model, target, batches, tolerance=0.001, progress=False)
+        return tau, perplexity(self.model, self.test_NC)
+
+    def row(self, **labels: Any) -> Row:
+        """A row of the table for the sparse model as it stands."""
+        points = {f"{target:g}": self.perplexity_at(target) for target in self.targets}
+        return {
+            **labels,
+            "perplexity": {target: round(ppl, 3) for target, (_, ppl) in points.items()},
+            "tau": {target: tau for target, (tau, _) in points.items()},
+        }
+
+    @contextmanager
+    def converted(self, config: SparsifyConfig) -> Iterator[float]:
+        """The model as ``config`` makes it; yields the seconds that took."""
+        start = time.perf_counter()
+        calibration = self.calibration if config.needs_data else None
+        sparsify(self.model, config=config, calibration=calibration, progress=False)
+        try:
+            yield time.perf_counter() - start
+        finally:
+            densify(self.model)
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def neuron_scores(bench: Bench, kind: str) -> dict[str, Tensor]:
+    """Score of every neuron ``[F]`` by layer; the lowest are removed first.
+
+    ``"norm"``: mean over tokens of ``|h_f| * ||down_f||``. ``"wanda"``: Wanda's score (arXiv 2306.11695), weight
+    magnitude times the norm of what it multiplies, summed over the neuron's weights.
+    """
+    scores: dict[str, Tensor] = {}
+
+    def visit(view: FFNView, x_ND: Tensor) -> None:
+        h_NF = view.hidden(x_ND).float()
+        if kind == "norm":
+            scores[view.site] = h_NF.abs().mean(0) * view.down_FD.float().norm(dim=-1)
+            return
+        into = [rows for rows in (view.gate_FD, view.up_FD) if rows is not None]
+        scores[view.site] = h_NF.norm(dim=0) * view.down_FD.float().abs().sum(-1)
+        scores[view.site] += sum(rows.float().abs() @ x_ND.float().norm(dim=0) for rows in into)
+
+    views = [FFNView(bench.model, spec) for spec in find_ffns(bench.model)]
+    visit_inputs(bench.model, views, bench.calibration, visit)
+    return scores
+
+
+def static_row(bench: Bench, kind: str) -> Row:
+    """The same share of neurons removed from every layer, whatever the token."""
+    scores = neuron_scores(bench, kind)
+    config = SparsifyConfig(expert_size=1, partition="contiguous", router="zero", budget="uniform")
+    points = {}
+    with bench.converted(config):
+        for target in bench.targets:
+            keep = {}
+            for site, score in scores.items():
+                removed = round(target * len(score))
+                keep[site] = torch.ones_like(score, dtype=torch.bool).index_fill_(0, score.argsort()[:removed], False)
+            with register_routing_hook(bench.model, lambda r, keep=keep: keep[r.name].expand_as(r.mask_TE)):
+                points[f"{target:g}"] = round(perplexity(bench.model, bench.test_NC), 3)
+    return {"method": f"static, {kind}", "expert_size": 1, "perplexity": points}
+
+
+def oracle_row(bench: Bench, config: SparsifyConfig) -> Row:
+    """Routing by the experts' true shares of the contribution norm: what a perfect router would choose."""
+    with bench.converted(config):
+        views, layers = sparse_views(bench.model), sparse_layers(bench.model)
+
+        def route(routing: Routing) -> Tensor:
+            view, layer = views[routing.name], layers[routing.name]
+            h_NF = view.hidden(routing.x_TD)
+            shares_NE = contribution_shares(h_NF, view.down_FD, config.expert_size)
+            return mask_from_scores(shares_NE.clamp_min(1e-30).log(), layer.tau, config.rule)
+
+        with register_routing_hook(bench.model, route):
+            return bench.row(method="oracle", partition=config.partition, expert_size=config.expert_size)
+
+
+# --- table ------------------------------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench, arguments: argparse.Namespace, save: Callable[[list[Row]], None]) -> list[Row]:
+    """Every row; ``save`` is called after each."""
+    default = SparsifyConfig()
+    configs = [
+        replace(default, expert_size=size, partition=partition, router=router, budget=budget)
+        for size, partition, router in itertools.product(arguments.sizes, arguments.partitions, arguments.routers)
+        for budget in (arguments.budgets if router == "fitted" else arguments.budgets[:1])
+    ]
+    jobs: list[tuple[str, Callable[[], Row]]] = [
+        (f"static {kind}", lambda kind=kind: static_row(bench, kind)) for kind in arguments.static
+    ]
+    for config in configs:
+        name = f"{config.partition} {config.router} {config.budget} S={config.expert_size}"
+        jobs.append((name, lambda config=config: routed_row(bench, config)))
+    for size in arguments.sizes if arguments.oracle else []:
+        jobs.append((f"oracle S={size}", lambda size=size: oracle_row(bench, replace(default, expert_size=size))))
+    rows: list[Row] = []
+    for name, job in (bar := tqdm(jobs, unit="row")):
+        bar.set_description(name)
+        rows.append(job())
+        save(rows)
+    return rows
+
+
+def routed_row(bench: Bench, config: SparsifyConfig) -> Row:
+    """The library's own conversion."""
+    with bench.converted(config) as seconds:
+        return bench.row(
+            method="routed",
+            partition=config.partition,
+            router=config.router,
+            budget=config.budget,
+            expert_size=config.expert_size,
+            seconds=round(seconds, 1),
+        )
+
+
+def table(dense: float, rows: list[Row]) -> str:
+    """Markdown: one line a row, perplexity at each sparsity."""
+    targets = list(rows[0]["perplexity"])
+    lines = [f"Dense: {dense:.2f}.", "", "| method | partition | router | budget | S | " + " | ".join(targets) + " |"]
+    lines.append("|---" * (5 + len(targets)) + "|")
+    for row in rows:
+        labels = [str(row.get(key, "")) for key in ("method", "partition", "router", "budget", "expert_size")]
+        values = [f"{row['perplexity'][target]:.1f}" for target in targets]
+        lines.append("| " + " | ".join(labels + values) + " |")
+    return "\n".join(lines)
+
+
+def commit() -> str:
+    """The checkout's commit, with a mark if files differ from it."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return "unknown"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder, GGUF file or hub name of a causal language model")
+    parser.add_argument("--calibration", type=Path, required=True, help="text that experts and routers are made from")
+    parser.add_argument("--test", type=Path, required=True, help="text that perplexity is measured on")
+    parser.add_argument("--calibration-tokens", type=int, default=SparsifyConfig().calibration_tokens)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--partitions", nargs="+", default=PARTITIONS, choices=PARTITIONS)
+    parser.add_argument("--routers", nargs="+", default=ROUTERS, choices=ROUTERS)
+    parser.add_argument("--budgets", nargs="+", default=["sensitivity", "uniform"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--static", nargs="*", default=["norm", "wanda"], choices=["norm", "wanda"])
+    parser.add_argument("--oracle", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--commit", default=None, help="what the results say they were made from (default: git's answer)"
+    )
+    parser.add_argument("--out", type=Path, help="write results here as JSON, after every row")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = parse()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, tokenizer = load_model(arguments.model)
+    model = model.to(arguments.device)
+    rows_needed = max(1, arguments.calibration_tokens // 512)
+    calibration_NC = token_windows(read_text(arguments.calibration), tokenizer, rows_needed, 512)
+    test_NC = token_windows(read_text(arguments.test), tokenizer, arguments.windows, arguments.context)
+    bench = Bench(model, calibration_NC, test_NC, arguments.sparsity)
+    results: dict[str, Any] = {
+        **machine(),
+        "commit": arguments.commit or commit(),
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "dense": round(bench.dense, 3),
+    }
+
+    def save(rows: list[Row]) -> None:
+        if arguments.out is not None:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps({**results, "rows": rows}, indent=1) + "\n")
+
+    rows = measure(bench, arguments, save)
+    print(json.dumps({**results, "rows": rows}) if arguments.json else table(bench.dense, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Saving and loading: bit-exact with the package, dense without it, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import torch_prunepath
+from torch_prunepath import SparsifyConfig, densify, load, set_tau, sparse_layers, sparsify
+from torch_prunepath.checkpoint import read_info
+
+CONFIG = SparsifyConfig(expert_size=8, partition="kmeans", router="centroid", budget="uniform")
+
+
+def first_output(model, inputs):  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        return model.eval()(**inputs)[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """A fitted sparse llama with a tau of its own per layer, and where it is saved."""
+    model, inputs = ARCHITECTURES["llama"]()
+    sparsify(model, tau=0.6, config=SparsifyConfig(expert_size=8), calibration=inputs, progress=False)
+    taus = [0.3 + 0.2 * i for i in range(len(sparse_layers(model)))]
+    set_tau(model, taus)
+    directory = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(directory)
+    return model, inputs, directory
+
+
+def copied(directory: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(directory, tmp_path / "copy"))
+
+
+def edit_config(directory: Path, change) -> None:  # type: ignore[no-untyped-def]
+    path = directory / "config.json"
+    data = json.loads(path.read_text())
+    change(data["quantization_config"])
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "t5_gated", "phi3", "bloom", "modernbert", "albert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_round_trip_is_bit_exact(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs = ARCHITECTURES[name]()
+    model = model.to(dtype)
+    sparsify(model, tau=0.6, config=CONFIG, progress=False)
+    expected = first_output(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(first_output(again, inputs), expected)
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]) and value.dtype == after[key].dtype, key
+        assert value.stride() == after[key].stride(), f"{key}: laid out as before"
+    assert [(m.tau, m.ffn) for m in sparse_layers(again).values()] == [
+        (m.tau, m.ffn) for m in sparse_layers(model).values()
+    ]
+    again.save_pretrained(tmp_path / "again")
+    assert read_info(tmp_path / "again") == read_info(tmp_path)
+    dense, _ = ARCHITECTURES[name]()
+    for key, value in densify(again).state_dict().items():
+        assert torch.equal(value, dense.to(dtype).state_dict()[key]), "densify works after loading, too"
+
+
+def test_load_keeps_per_layer_tau_and_budgets(saved) -> None:  # type: ignore[no-untyped-def]
+    model, inputs, directory = saved
+    again = load(directory)
+    assert torch.equal(first_output(again, inputs), first_output(model, inputs))
+    for mine, theirs in zip(sparse_layers(model).values(), sparse_layers(again).values(), strict=True):
+        assert torch.equal(mine.tau, theirs.tau) and mine.budget == theirs.budget
+    assert load(directory, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_headless_and_headed_classes_load_each_others_checkpoints(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, inputs, directory = saved
+    bare = AutoModel.from_pretrained(directory)
+    assert torch.equal(first_output(bare, inputs), first_output(model.model, inputs))
+    bare.save_pretrained(tmp_path)
+    headed = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(first_output(headed.model, inputs), first_output(model.model, inputs))
+
+
+def test_sharded_checkpoint(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, inputs, _ = saved
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(first_output(load(tmp_path), inputs), first_output(model, inputs))
+
+
+def test_loaded_model_trains_and_is_no_quantised_model(saved) -> None:  # type: ignore[no-untyped-def]
+    _, inputs, directory = saved
+    model = load(directory)
+    assert getattr(model, "hf_quantizer", None) is None and not getattr(model, "is_quantized", False)
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.any()
+
+
+def test_without_the_package_it_is_the_dense_model(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    _, inputs, directory = saved
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(directory)!r}).eval()
+assert "torch_prunepath" not in sys.modules
+with torch.no_grad():
+    torch.save(model(**torch.load({str(tmp_path / "inputs.pt")!r})).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    dense, _ = ARCHITECTURES["llama"]()
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), first_output(dense, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_info(saved) -> None:  # type: ignore[no-untyped-def]
+    model, _, directory = saved
+    info = read_info(directory)
+    json.dumps(info)
+    assert [layer["name"] for layer in info["layers"]] == list(sparse_layers(model))
+    first, layer = info["layers"][0], next(iter(sparse_layers(model).values()))
+    assert first["experts"] == layer.num_experts and first["tau"] == float(layer.tau)
+    assert info["config"]["expert_size"] == 8
+
+
+def test_densified_model_saves_as_dense(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, _ = ARCHITECTURES["llama"]()
+    densify(sparsify(model, config=CONFIG, progress=False)).save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match="holds no sparse model"):
+        load(tmp_path)
+
+
+def test_newer_format_is_refused(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    directory = copied(saved[2], tmp_path)
+    edit_config(directory, lambda manifest: manifest.update(format_version=99))
+    for call in (load, AutoModelForCausalLM.from_pretrained, read_info):
+        with pytest.raises(ValueError, match=r"format 99.*upgrade torch_prunepath"):
+            call(directory)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda m: m.pop("layers"),
+        lambda m: m.pop("format_version"),
+        lambda m: m["layers"][0].pop("ffn"),
+        lambda m: m["layers"][0].update(tau=7),
+        lambda m: m["layers"][0].update(surprise=1),
+        lambda m: m["layers"][0]["ffn"].update(activation="sine"),
+    ],
+    ids=["layers", "version", "ffn", "tau", "unknown-key", "activation"],
+)
+def test_damaged_manifest_is_refused(saved, tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+    directory = copied(saved[2], tmp_path)
+    edit_config(directory, damage)
+    for call in (load, AutoModelForCausalLM.from_pretrained, read_info):
+        with pytest.raises(ValueError, match="damaged prunepath manifest"):
+            call(directory)
+
+
+@pytest.mark.parametrize("key", ["router.weight", "router.bias", "permutation"])
+@pytest.mark.parametrize("call", [load, AutoModelForCausalLM.from_pretrained], ids=["load", "from_pretrained"])
+def test_missing_tensor_is_refused(saved, tmp_path: Path, key: str, call) -> None:  # type: ignore[no-untyped-def]
+    directory = copied(saved[2], tmp_path)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.mlp.{key}"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.layers.1.mlp.{key} is missing"):
+        call(directory)
+
+
+def test_damaged_permutation_is_refused(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    directory = copied(saved[2], tmp_path)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.permutation"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="damaged checkpoint: the permutation"):
+        load(directory)
+
+
+def test_manifest_of_another_model_is_refused(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    directory = copied(saved[2], tmp_path)
+    edit_config(directory, lambda m: m["layers"][0]["ffn"].update(name="model.layers.77.mlp"))
+    with pytest.raises(ValueError, match="has none: load it with the class"):
+        load(directory)
+    edit_config(directory, lambda m: m["layers"][0]["ffn"].update(name="model.layers.0.mlp", ffn_size=40))
+    with pytest.raises(ValueError, match="do not belong together"):
+        load(directory)
+
+
+def test_missing_and_corrupt_files_are_refused(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load(tmp_path)
+    directory = copied(saved[2], tmp_path)
+    file = directory / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    for call in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="save or download the model again"):
+            call(directory)
+    file.unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        load(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        load(directory)
+
+
+def test_unknown_architecture_is_refused(saved, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    directory = copied(saved[2], tmp_path)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["NoSuchModel"]}))
+    with pytest.raises(ValueError, match=r"which transformers .* does not have"):
+        torch_prunepath.load(directory)
