@@ -16,10 +16,11 @@ ORDER = [
     "activations",
     "config",
     "select",
-    "linears",
     "ffn",
     "reference",
+    "linears",
     "probe",
+    "trial",
     "discover",
     "cluster",
     "partition",
@@ -39,9 +40,10 @@ ORDER = [
     "corpus",
     "models",
     "evaluate",
+    "report",
+    "convert",
     "quickstart",
     "cli",
-    "__main__",
 ]
 
 

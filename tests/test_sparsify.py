@@ -34,14 +34,14 @@ def first_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
-    """Input, mask and output of every sparse FFN in one forward pass."""
+    """Input, mask and output of every sparse FFN in one forward pass (a copy: Falcon adds to its FFN's output)."""
     seen: dict[str, dict[str, Any]] = {}
     handles: list[Any] = [
         register_routing_hook(model, lambda r: seen.setdefault(r.name, {}).update(x=r.x_TD, mask=r.mask_TE))
     ]
     for name, view in module.sparse_views(model).items():
         out = view.down if view.spec.split else view.owner
-        handles.append(out.register_forward_hook(lambda m, a, y, name=name: seen[name].update(y=y)))
+        handles.append(out.register_forward_hook(lambda m, a, y, name=name: seen[name].update(y=y.clone())))
     try:
         yield seen
     finally:

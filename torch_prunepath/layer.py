@@ -302,7 +302,7 @@ def make_routed(
     spec = view.spec
     site = view.up if spec.split else view.owner
     device = weight_out_in(view.up).device
-    site.__class__ = _sparse_class(type(site), SparseUp if spec.split else SparseFFN)
+    site.__class__ = _sparse_class(type(site), SparseUp if spec.split else SparseFFN)  # type: ignore[arg-type]
     assert isinstance(site, RoutedExperts)
     site.ffn, site.experts, site.budget, site.routing_hooks = spec, experts, budget, OrderedDict()
     site.router = router
@@ -310,7 +310,7 @@ def make_routed(
     site.register_buffer("permutation", order_F.to(device=device, dtype=torch.int32))
     if isinstance(site, SparseUp):
         site.handoff = handoff = Handoff()
-        view.down.__class__ = _sparse_class(type(view.down), SparseDown)
+        view.down.__class__ = _sparse_class(type(view.down), SparseDown)  # type: ignore[arg-type]
         view.down.handoff, view.down.expert_size = handoff, experts.expert_size  # type: ignore[assignment]
     return site
 

@@ -158,7 +158,7 @@ def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig) -> _
     order_F = partition(config.partition, view, contributions, size, config.seed)
     weight_ED, bias_E = _start_router(view, order_F, x_ND, h_NF, config)
     dtype = view.up.weight.dtype
-    return _LayerPlan(order_F, weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))  # type: ignore[arg-type, union-attr]
+    return _LayerPlan(order_F, weight_ED.to(dtype).contiguous(), None if bias_E is None else bias_E.to(dtype))  # type: ignore[arg-type, union-attr]
 
 
 def _start_router(
