@@ -95,8 +95,8 @@ class SparsifyConfig:
             below tau, and the top expert (the rule of the PrunePath authors' released code).
         gate: weight of an active expert's output: ``"one"``, or ``"sigmoid"`` of its score (arXiv 2605.28283).
         gate_offset: constant added to every score inside the sigmoid gate, which softmax would not see.
-        budget: ``"uniform"``: one tau for all layers; ``"sensitivity"``: ``1 - tau`` of a layer is scaled by how well
-            the layer bears to lose mass, measured on the calibration data.
+        budget: ``"uniform"``: one tau for all layers; ``"sensitivity"``: each layer's tau follows from the model's by
+            how well the layer bears to lose mass, measured on the calibration data (see :mod:`torch_prunepath.budget`).
         calibration_tokens: tokens taken from the calibration data, at most.
         seed: seed of everything random in the conversion.
     """

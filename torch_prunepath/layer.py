@@ -297,7 +297,7 @@ def make_routed(
         router: ``Router(D, E)``.
         order_F: the permutation that was applied.
         tau: in (0, 1].
-        budget: share of the mass given up, ``1 - tau``, that this layer bears, relative to the others.
+        budget: how much of the model's tau this layer takes part in; see :func:`torch_prunepath.sparsity.layer_tau`.
     """
     spec = view.spec
     site = view.up if spec.split else view.owner

@@ -16,6 +16,16 @@ from torch_prunepath.ffn import FFNView
 class Router(nn.Linear):
     """``nn.Linear(D, E)`` that computes and answers in float32, whatever its weights are stored in."""
 
+    @classmethod
+    def of(cls, weight_ED: Tensor, bias_E: Tensor | None) -> Router:
+        """A router with these weights, in their dtype and on their device."""
+        experts, hidden = weight_ED.shape
+        router = cls(hidden, experts, bias=bias_E is not None, device="meta")
+        router.weight = nn.Parameter(weight_ED.contiguous())
+        if bias_E is not None:
+            router.bias = nn.Parameter(bias_E)
+        return router
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., E]``."""
         with torch.autocast(x.device.type, enabled=False):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torch_prunepath.budget import sensitivity_budgets
+from torch_prunepath.budget import CURVE_TOKENS, Curve, allocate, cost_curve, fisher_information
 from torch_prunepath.calibrate import visit_inputs
 from torch_prunepath.config import SparsifyConfig, check_tau, num_experts
 from torch_prunepath.data import Inputs, as_inputs, can_sample, sample_text
@@ -40,8 +40,8 @@ PARTITION_TOKENS = 4096
 @dataclass(frozen=True)
 class _LayerPlan:
     order_F: Tensor
-    weight_ED: Tensor
-    bias_E: Tensor | None
+    router: Router
+    curve: Curve | None
 
 
 def sparsify(
@@ -89,11 +89,9 @@ def sparsify(
         config, inputs = _calibration(model, config, calibration, tokenizer, progress)
     elif calibration is not None:
         raise ValueError(f"calibration is given, but nothing in {config} uses it: leave it out, or change the config")
-    budgets = {view.site: 1.0 for view in views}
-    if config.budget == "sensitivity":
-        assert inputs is not None
-        budgets = sensitivity_budgets(model, views, inputs, seed=config.seed, progress=progress)
     plans = _plan(model, views, config, inputs, progress)
+    curves = {site: plan.curve for site, plan in plans.items() if plan.curve is not None}
+    budgets = allocate(curves) if curves else {view.site: 1.0 for view in views}
     _apply(views, plans, config, tau, budgets)
     attach(model, describe(model, config))
     return model
@@ -133,13 +131,17 @@ def _plan(
 ) -> dict[str, _LayerPlan]:
     """Decide every layer's permutation and router; the model is only read."""
     plans: dict[str, _LayerPlan] = {}
+    fisher: dict[str, Tensor] = {}
+    if config.budget == "sensitivity":
+        assert inputs is not None
+        fisher = fisher_information(model, views, inputs, seed=config.seed, progress=progress)
     with tqdm(total=len(views), desc="building experts", unit="layer", disable=not progress) as bar:
 
         def plan(view: FFNView, x_ND: Tensor | None) -> None:
-            plans[view.site] = _plan_layer(view, x_ND, config)
+            plans[view.site] = _plan_layer(view, x_ND, config, fisher.pop(view.site, None))
             bar.update()
 
-        if inputs is None or not (config.partition == "coactivation" or config.router == "fitted"):
+        if inputs is None:
             for view in views:
                 plan(view, None)
         else:
@@ -148,7 +150,7 @@ def _plan(
 
 
 @torch.no_grad()
-def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig) -> _LayerPlan:
+def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig, fisher_DD: Tensor | None) -> _LayerPlan:
     size = config.expert_size
     h_NF = None if x_ND is None else view.hidden(x_ND)
     contributions = None
@@ -156,9 +158,17 @@ def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig) -> _
         sample_TF = h_NF[:: -(-h_NF.shape[0] // PARTITION_TOKENS)].float()
         contributions = sample_TF.abs() * view.down_FD.float().norm(dim=-1)
     order_F = partition(config.partition, view, contributions, size, config.seed)
+    order_F = order_F.to(view.down_FD.device)
     weight_ED, bias_E = _start_router(view, order_F, x_ND, h_NF, config)
-    dtype = view.up.weight.dtype
-    return _LayerPlan(order_F, weight_ED.to(dtype).contiguous(), None if bias_E is None else bias_E.to(dtype))  # type: ignore[arg-type, union-attr]
+    dtype = view.down_FD.dtype
+    router = Router.of(weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))
+    curve = None
+    if fisher_DD is not None:
+        assert x_ND is not None and h_NF is not None
+        some = slice(None, None, -(-x_ND.shape[0] // CURVE_TOKENS))
+        h_NF, scores_NE = h_NF[some][:, order_F], router(x_ND[some])
+        curve = cost_curve(h_NF, view.down_FD[order_F], scores_NE, fisher_DD, size, config.rule)
+    return _LayerPlan(order_F, router, curve)
 
 
 def _start_router(
@@ -170,7 +180,6 @@ def _start_router(
     if config.router == "zero":
         return view.up_FD.new_zeros(num_experts(view.spec.ffn_size, size), view.spec.hidden_size), None
     assert x_ND is not None and h_NF is not None
-    order_F = order_F.to(h_NF.device)
     return fit_router(x_ND, contribution_shares(h_NF[:, order_F], view.down_FD[order_F], size))
 
 
@@ -190,7 +199,7 @@ def _apply(
         try:
             view.permute_(plan.order_F)
             budget = budgets[view.site]
-            make_routed(view, experts, _router(plan), plan.order_F, layer_tau(tau, budget), budget)
+            make_routed(view, experts, plan.router, plan.order_F, layer_tau(tau, budget), budget)
         except BaseException:
             make_dense(view)
             for parameter, data in originals:
@@ -200,15 +209,6 @@ def _apply(
                 earlier.unpermute_(order_F)
             raise
         done.append((view, plan.order_F))
-
-
-def _router(plan: _LayerPlan) -> Router:
-    experts, hidden = plan.weight_ED.shape
-    router = Router(hidden, experts, bias=plan.bias_E is not None, device="meta")
-    router.weight = nn.Parameter(plan.weight_ED)
-    if plan.bias_E is not None:
-        router.bias = nn.Parameter(plan.bias_E)
-    return router
 
 
 def sparse_views(model: nn.Module) -> dict[str, FFNView]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,11 +34,8 @@ def sparse_layers(model: nn.Module) -> dict[str, RoutedExperts]:
 
 
 def layer_tau(tau: float, budget: float) -> float:
-    """Tau of one layer, ``tau ** budget``.
-
-    Near 1 the mass that the layer gives up is ``budget * (1 - tau)``; 1 stays 1, and all layers reach 0 together.
-    """
-    return max(MIN_TAU, tau**budget)
+    """Tau of one layer: it gives up ``(1 - tau) ** budget`` of its mass. 1 stays 1, and all layers reach 0 together."""
+    return max(MIN_TAU, -math.expm1(budget * math.log1p(-tau))) if tau < 1.0 else 1.0
 
 
 def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]) -> None:

@@ -1,0 +1,320 @@
+"""Running a module's own ``forward`` on stand-ins, to see what becomes of the numbers that its linear layers give out.
+
+What runs is a *shadow* of the module: an object of the same class with the same attributes. Its watched submodules
+give out numbers chosen by the caller; its weights, buffers and other submodules with weights are *opaque*: values that
+nobody knows, of which any operation gives another. So no weight is read, copied or multiplied (it may be on the meta
+device, in any dtype), and the module itself stays as it was: no hook, no patched function, no attribute.
+
+Traded away: a ``forward`` that steers by opaque values may take a branch that it would not take otherwise, and
+attention cannot be followed. Numbers given out are float64 on the CPU and stay so: casts are ignored.
+
+Shapes: the numbers given out are ``[..., features]``; an opaque value claims to be ``[2, T, D]``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CASTS = frozenset(["to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"])
+_RANDOM = frozenset(["bernoulli", "exponential", "multinomial", "normal", "rand_like", "randn_like", "uniform"])
+_FACTS = frozenset(["size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"])
+_NOT_IN_PLACE = frozenset(["__index__", "__int__", "__invert__", "__iter__"])
+_UNPACK_LENGTHS = (2, 3, 1, 4, 5, 6, 7, 8)
+
+
+class Refused(Exception):
+    """Why a module is not the feed-forward network it was tried as.
+
+    Args:
+        reason: for the user to read.
+        rank: how far the trial came; of several refusals of one module, the highest is the one worth telling.
+    """
+
+    def __init__(self, reason: str, rank: int = 1) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.rank = rank
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What nested tuples, lists and dicts hold."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+class _Traced(Tensor):
+    """A tensor whose operations are looked at before they run."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        opaque = next((tensor for tensor in tensors if isinstance(tensor, Opaque)), None)
+        name = func.__name__
+        if not any(isinstance(tensor, Probe) for tensor in tensors):
+            assert opaque is not None
+            if name in _FACTS or name == "__get__":
+                fact = super().__torch_function__(func, types, args, kwargs)
+                fact = torch.device("cpu") if isinstance(fact, torch.device) else fact
+                return opaque if isinstance(fact, Tensor) else fact
+            return opaque
+        if name in _CASTS and isinstance(args[0], Probe):
+            return args[0]
+        _check_probe_operation(name, args, kwargs, opaque is not None)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Probe(_Traced):
+    """Numbers given out by a watched module, or computed from them."""
+
+
+class Opaque(_Traced):
+    """A value that nobody knows: every operation on it gives it back."""
+
+    unpacks: _Unpacks
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([self] * self.unpacks.next())
+
+    def __index__(self) -> int:
+        return 0
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        return 0.0
+
+    def __add__(self, other: Any) -> Tensor:
+        return self if isinstance(other, tuple | list) else super().__add__(other)
+
+    def __radd__(self, other: Any) -> Tensor:
+        """The rest of what another module returned, put after something else."""
+        return self if isinstance(other, tuple | list) else super().__radd__(other)
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Fields of what another module returned, such as ``last_hidden_state``."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
+def _check_probe_operation(name: str, args: tuple, kwargs: dict, meets_opaque: bool) -> None:
+    """Raise :class:`Refused` if an operation does to a probe what no FFN does to its hidden values."""
+    if meets_opaque:
+        raise Refused(f"a hidden value meets a value of other origin ({name.strip('_')})")
+    if name.rstrip("_") in _RANDOM:
+        raise Refused(f"a hidden value meets random numbers ({name.strip('_')})")
+    in_place = name == "__setitem__" or (name.startswith("__i") and name not in _NOT_IN_PLACE) or "out" in kwargs
+    if (in_place or (name.endswith("_") and not name.endswith("__"))) and not isinstance(args[0], Probe):
+        raise Refused(f"a hidden value is written into another tensor ({name.strip('_')})")
+    if "dropout" in name:
+        share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        active = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+        if active and share > 0:
+            raise Refused(f"a hidden value passes through a dropout of {share} that is a call, not an nn.Dropout")
+
+
+class _Unpacks:
+    """How many values to pretend each unpacked opaque value holds, in the order in which a run unpacks them."""
+
+    def __init__(self) -> None:
+        self._lengths: list[int] = []
+        self._at = 0
+
+    def restart(self) -> None:
+        self._at = 0
+
+    def next(self) -> int:
+        if self._at == len(self._lengths):
+            self._lengths.append(_UNPACK_LENGTHS[0])
+        self._at += 1
+        return self._lengths[self._at - 1]
+
+    def guess_again(self) -> bool:
+        """Change the last guess, the one that did not fit; False if every length was tried."""
+        del self._lengths[self._at :]
+        if not self._lengths or self._lengths[-1] == _UNPACK_LENGTHS[-1]:
+            return False
+        self._lengths[-1] = _UNPACK_LENGTHS[_UNPACK_LENGTHS.index(self._lengths[-1]) + 1]
+        return True
+
+
+def has_forward(module: nn.Module) -> bool:
+    """False for containers like ``nn.ModuleList``."""
+    return type(module).forward is not nn.Module.forward
+
+
+def inputs_of(module: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the parameters of ``module.forward`` that a caller must give, and of those that he may give by name."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p.name for p in named if p.default is p.empty]
+    return required, [p.name for p in named if p.name not in required]
+
+
+@dataclass
+class Trace:
+    """What a run showed.
+
+    Attributes:
+        calls: the inputs of each watched module, call by call, the first called first: plain float64 tensors, or
+            :class:`Opaque`.
+        result: what ``forward`` returned, a plain tensor if it returned a single :class:`Probe`.
+        passed: class names of the submodules that probes passed through.
+    """
+
+    calls: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    result: Any = None
+    passed: list[str] = field(default_factory=list)
+
+
+def plain(probe: Tensor) -> Tensor:
+    """A copy of the numbers, as an ordinary tensor."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return probe.as_subclass(Tensor).clone()
+
+
+class _Shadows:
+    """Builds the shadow of a module, whose run fills ``trace``."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        watched: Mapping[nn.Module, Tensor | None],
+        markers: Mapping[nn.Module, float],
+        opaque: Opaque,
+        training: bool,
+    ) -> None:
+        self._trace, self._watched, self._markers = trace, watched, markers
+        self._opaque, self._training = opaque, training
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """A module of the same class, with stand-ins for submodules."""
+        own = type(module).forward
+        innermost = inspect.unwrap(vars(module).get("forward", own))
+        if getattr(innermost, "__func__", innermost) is not inspect.unwrap(own):
+            raise Refused(f"the forward of a {type(module).__name__} was replaced on the instance", rank=3)
+        children = {n: None if c is None else self._stand_in(n, c) for n, c in module._modules.items()}
+        return self._copy(module, children)
+
+    def _copy(
+        self, module: nn.Module, children: dict[str, nn.Module | None], forward: Callable | None = None
+    ) -> nn.Module:
+        state = {k: v.copy() if type(v) in (dict, list, set) else v for k, v in vars(module).items()}
+        state.update({k: self._opaque for k, v in state.items() if isinstance(v, Tensor)})
+        state.update({k: type(v)() for k, v in state.items() if k.endswith(("_hooks", "_hooks_with_kwargs"))})
+        state.pop("forward", None)
+        state.pop("_compiled_call_impl", None)
+        for tensors in ("_parameters", "_buffers"):
+            state[tensors] = {k: None if v is None else self._opaque for k, v in state[tensors].items()}
+        state.update(_modules=children, training=self._training)
+        if forward is not None:
+            state["forward"] = forward
+        shadow = object.__new__(type(module))
+        vars(shadow).update(state)
+        return shadow
+
+    def _stand_in(self, name: str, child: nn.Module) -> nn.Module:
+        if child in self._watched:
+            return self._copy(child, {}, partial(self._call_watched, child))
+        if isinstance(child, nn.Dropout):
+            return self._copy(child, {}, partial(self._call_dropout, child))
+        if not has_forward(child) or any(module in self._watched for module in child.modules()):
+            return self.of(child)
+        if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
+            return self._copy(child, {}, partial(self._call_opaque, f"{name} ({type(child).__name__})"))
+        return self._copy(child, {}, partial(self._call_stateless, self.of(child)))
+
+    def _call_watched(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        known = isinstance(x, Tensor) and not isinstance(x, Opaque)
+        self._trace.calls.setdefault(module, []).append(plain(x) if known else x)
+        values = self._watched[module]
+        if values is None:
+            return self._opaque
+        if known and x.shape[:-1] != values.shape[:-1]:
+            values = values.reshape(*x.shape[:-1], values.shape[-1])
+        return values.clone().as_subclass(Probe)
+
+    def _call_dropout(self, module: nn.Module, x: Tensor) -> Tensor:
+        return x * self._markers[module] if module in self._markers else x
+
+    def _call_opaque(self, label: str, *args: Any, **kwargs: Any) -> Tensor:
+        if any(isinstance(leaf, Probe) for leaf in leaves((args, kwargs))):
+            raise Refused(f"a hidden value passes through {label}")
+        return self._opaque
+
+    def _call_stateless(self, shadow: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = list(leaves((args, kwargs)))
+        if any(isinstance(leaf, Opaque) for leaf in given):
+            if any(isinstance(leaf, Probe) for leaf in given):
+                raise Refused(f"a hidden value meets a value of other origin ({type(shadow).__name__})")
+            return self._opaque
+        self._trace.passed.append(type(shadow).__name__)
+        return type(shadow).forward(shadow, *args, **kwargs)
+
+
+def trace(
+    owner: nn.Module,
+    watched: Mapping[nn.Module, Tensor | None],
+    shape: tuple[int, ...],
+    *,
+    x: Tensor | None = None,
+    training: bool = False,
+    markers: Mapping[nn.Module, float] | None = None,
+    record: Trace | None = None,
+) -> Trace:
+    """Run ``owner.forward`` on stand-ins.
+
+    Args:
+        owner: the module to run; it is not changed.
+        watched: submodules whose inputs are recorded, and the float64 numbers each gives out whatever it receives;
+            None gives out an opaque value.
+        shape: shape that opaque values claim to have.
+        x: the only input of ``owner.forward``, float64; None makes every input opaque.
+        training: value of ``training`` in the shadow and its submodules.
+        markers: the factor by which each ``nn.Dropout`` multiplies, so that its place can be told; 1 if not given.
+        record: what to fill and return, for a caller who wants to know how far a run came that was refused.
+
+    Raises:
+        Refused: if the run fails, or does to the numbers given out what no feed-forward network does.
+    """
+    opaque = torch.empty(shape, dtype=torch.float64, device="meta").as_subclass(Opaque)
+    opaque.unpacks = _Unpacks()
+    record = Trace() if record is None else record
+    while True:
+        opaque.unpacks.restart()
+        record.calls.clear()
+        record.passed.clear()
+        try:
+            shadow = _Shadows(record, watched, markers or {}, opaque, training).of(owner)
+            required, _ = inputs_of(owner)
+            if x is not None:
+                result = shadow.forward(x.clone().as_subclass(Probe))
+            elif required:
+                result = shadow.forward(**dict.fromkeys(required, opaque))
+            else:
+                result = shadow.forward(opaque)
+            record.result = plain(result) if isinstance(result, Probe) else result
+            return record
+        except Refused:
+            raise
+        except Exception as error:
+            unpacking = isinstance(error, ValueError) and "unpack" in str(error)
+            if not (unpacking and opaque.unpacks.guess_again()):
+                what = (str(error).strip().splitlines() or [""])[0][:200]
+                raise Refused(f"forward cannot be followed ({type(error).__name__}: {what})", rank=0) from error
