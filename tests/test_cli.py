@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +287,18 @@ def test_interruption(run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = run("quickstart")
     assert (code, out) == (130, "")
     assert "Traceback" not in err
+
+
+def test_termination_clears_away_what_is_half_written(run, tiny: Path) -> None:
+    script = f"""
+import os, signal
+from torch_prunepath import cli, quickstart
+quickstart._measure = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+cli.main(["quickstart", "--model", {str(tiny)!r}])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert list(Path().iterdir()) == []
 
 
 def test_debug_shows_the_traceback_and_bugs_are_not_hidden(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -32,8 +33,10 @@ SETTINGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code: 0, 2 if the person must mend something, 130 if interrupted."""
+    """Run a command; return the exit code: 0; 2 if the person must mend something; 130 if interrupted."""
     arguments = _parser().parse_args(argv)
+    # So that a command that is asked to end still clears away what it has half written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         # Standard output is for the result alone, whatever a library prints.
         with contextlib.redirect_stdout(sys.stderr):
