@@ -98,6 +98,10 @@ class _Search:
         if module in self._seen:
             return []
         self._seen.add(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            if next(module.parameters(), None) is not None:
+                self.refused.append(Refusal(name, "is compiled by TorchScript"))
+            return []
         sizes = sizes_of(module)
         if sizes is not None:
             self._problems[module] = self._problem_of(module)
@@ -125,7 +129,6 @@ class _Search:
         near = [layer for layer in free if relative(layer.name, name).count(".") < _SPLIT_DEPTH]
         pairs = [(u, d) for u in near for d in near if fits(u, d) and not self._nested(name, u, d)]
         may_be_whole = len(free) in (2, 3) and any(all(fits(u, d) for u in free if u is not d) for d in free)
-        may_be_whole = may_be_whole and not self._nested(name, *free)
         if not (pairs or may_be_whole):
             return free
         candidates = dict.fromkeys([*(layer for pair in pairs for layer in pair), *(free if may_be_whole else [])])

@@ -57,10 +57,11 @@ def sizes_of(module: nn.Module) -> tuple[int, int] | None:
         weight = module.weight
         assert isinstance(weight, Tensor)
         return weight.shape[0], weight.shape[1]
-    if not isinstance(module, nn.Linear) and next(module.children(), None) is not None:
-        return None
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return sizes if all(type(size) is int for size in sizes) else None  # type: ignore[return-value]
+    if not all(type(size) is int for size in sizes):
+        return None
+    wraps = not isinstance(module, nn.Linear) and any(sizes_of(part) for part in module.children())
+    return None if wraps else sizes  # type: ignore[return-value]
 
 
 def problem_of(module: nn.Module) -> str | None:
