@@ -92,7 +92,7 @@ def test_quickstart_json(run, tiny: Path) -> None:
     assert code == 0
     results = json.loads(out)
     assert out.count("\n") == 1
-    dense, sparse, full = results["rows"]
+    dense, full, sparse = results["rows"]
     assert [set(row) for row in results["rows"]] == [ROW_KEYS] * 3
     assert (dense["name"], dense["tau"], dense["sparsity"]) == ("dense", 1.0, 0.0)
     assert (sparse["name"], sparse["tau"], full["tau"]) == ("tau 0.5", 0.5, 1.0)
@@ -114,16 +114,18 @@ def test_quickstart_json(run, tiny: Path) -> None:
     assert results["checkpoint"] == str(written / "checkpoint")
 
 
-def test_quickstart_checkpoint_is_the_first_row(run, tiny: Path, text: Path) -> None:
-    _, out, _ = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.6, 0.9, "--json", "-o", "a/b")
+def test_quickstart_checkpoint_is_the_middle_row(run, tiny: Path, text: Path) -> None:
+    _, out, _ = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.3, 0.6, 0.9, "--json", "-o", "a/b")
     results = json.loads(out)
     model = AutoModelForCausalLM.from_pretrained(results["checkpoint"])
     assert results["checkpoint_tau"] == 0.6
     ids = torch.tensor(byte_tokenizer()(text.read_text())["input_ids"][-CONTEXT:])
     with torch_prunepath.record_sparsity(model) as record, torch.no_grad():
         model(input_ids=ids[None])
-    assert record.sparsity == pytest.approx(results["rows"][1]["sparsity"], abs=0.1)
-    assert record.sparsity > results["rows"][2]["sparsity"]
+    assert [row["tau"] for row in results["rows"]] == [1.0, 0.9, 0.6, 0.3]
+    _, more, same, less = (row["sparsity"] for row in results["rows"])
+    assert more < record.sparsity < less
+    assert record.sparsity == pytest.approx(same, abs=0.1)
 
 
 def test_quickstart_twice_gives_the_same_quality(run, tiny: Path, text: Path) -> None:
@@ -179,7 +181,6 @@ def test_quickstart_of_a_real_model(tmp_path: Path) -> None:
     assert sparse[-1]["sparsity"] > 0.2
     assert results["reloaded_logits_equal"] is True
     assert len(results["generated"].split()) > 10
-    assert results["seconds"] < 360
 
 
 # --- what a person can mend -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch_prunepath.errors import UserError
 
-TAUS = (0.98, 0.95, 0.9, 0.8)
+TAUS = (0.97, 0.95, 0.9, 0.8, 0.7)
 SETTINGS = {
     "expert_size": int,
     "partition": str,
@@ -87,7 +87,7 @@ def _add_quickstart(commands: Any) -> None:
     _add_text(command)
     command.add_argument("-o", "--output", type=Path, default=Path("prunepath-quickstart"), help="folder to write")
     command.add_argument(
-        "--tau", type=float, nargs="+", default=TAUS, help="thresholds to measure; the checkpoint keeps the first"
+        "--tau", type=float, nargs="+", default=TAUS, help="thresholds to measure; the checkpoint keeps the middle one"
     )
     command.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
 

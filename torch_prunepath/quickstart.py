@@ -34,7 +34,7 @@ class Options:
         model: a name or folder; None for SmolLM2-135M-Instruct from the package index.
         text: a UTF-8 file; None for Python's help topics.
         output: the folder to write.
-        taus: thresholds to measure; the checkpoint keeps the first.
+        taus: thresholds to measure; the checkpoint keeps the middle one.
         seed: seed of everything random.
     """
 
@@ -53,11 +53,12 @@ def run(options: Options) -> dict[str, Any]:
     """
     import torch
 
+    import torch_prunepath
     from torch_prunepath.config import SparsifyConfig, check_tau
 
     started = time.perf_counter()
     with as_user_error(ValueError):
-        taus = [check_tau(tau) for tau in options.taus]
+        taus = sorted({check_tau(tau) for tau in options.taus}, reverse=True)
         config = SparsifyConfig(seed=options.seed)
     torch.manual_seed(options.seed)
     corpus = load_corpus(options.text)
@@ -75,7 +76,8 @@ def run(options: Options) -> dict[str, Any]:
             "config": asdict(config),
             "rows": _measure(model, fit_NC, test_NC, taus, config),
         }
-        results["checkpoint_tau"] = taus[0]
+        results["checkpoint_tau"] = taus[len(taus) // 2]
+        torch_prunepath.set_tau(model, results["checkpoint_tau"])
         results |= _save_and_reload(model, tokenizer, test_NC, folder, options.output)
         results["plot"] = _plot(results["rows"], folder, options.output)
         results["output"] = str(options.output)
@@ -114,7 +116,7 @@ def _get_model(name: str | None) -> tuple[str, Any, Any]:
 
 
 def _measure(model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], config: Any) -> list[dict[str, Any]]:
-    """Make the model sparse; return a row for the dense model and one for each tau. It is left at the first tau."""
+    """Make the model sparse; return a row for the dense model and one for each tau."""
     import torch_prunepath
 
     prompt_1P = test_NC[:1, :PROMPT_TOKENS]
@@ -142,7 +144,6 @@ def _measure(model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], confi
         with torch_prunepath.record_sparsity(model) as record:
             quality = perplexity(model, test_NC, title=f"{name}: perplexity")
         rows.append(row(name, tau, record.sparsity, quality))
-    torch_prunepath.set_tau(model, taus[0])
     return rows
 
 
