@@ -2,14 +2,14 @@
 
 Three stages. *Carve* takes a random row and the rows nearest to it, until none is left: separate groups come out whole.
 *Lloyd* moves rows to the nearest mean that has room, the rows with most to lose first. *Swap* exchanges two rows of two
-clusters wherever that lowers the sum of squares, many pairs of clusters at a time; unlike Lloyd it does not count a row as a
-part of the mean that it is compared with, which is what keeps small clusters of high-dimensional rows from moving.
+clusters wherever that lowers the sum of squares, many pairs of clusters at a time; unlike Lloyd it does not count a row
+as a part of the mean that it is compared with, which is what keeps small clusters of high-dimensional rows from moving.
 
 It gives up optimal assignment (a transport problem in every round) for speed. No [N, N] matrix is made: the largest
 are one copy of the rows and [N, E] scores.
 
-Letters: N rows, D features, E clusters, S places a cluster, P pairs of clusters, K seeds at a time. ``slots_ES`` holds row
-numbers; a place that the last cluster lacks, a *hole*, holds N, the number of an extra row of zeros.
+Letters: N rows, D features, E clusters, S places a cluster, P pairs of clusters, K seeds at a time. ``slots_ES`` holds
+row numbers; a place that the last cluster lacks, a *hole*, holds N, the number of an extra row of zeros.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ BLOCK = 1 << 23  # numbers gathered at a time: larger blocks spend their time in
 def balanced_kmeans(features_ND: Tensor, expert_size: int, *, iterations: int = 20, seed: int = 0) -> Tensor:
     """Group rows so that the sum of squared distances to the group's mean is small.
 
-    The objective is that of arXiv 2110.01786, section 3.2; for the stages see the module. The result is a local optimum
-    (up to a tolerance), never worse than the order in which the rows come.
+    MoEfication (arXiv 2110.01786) builds experts by this objective. For the stages see the module. The result is near a
+    local optimum, and never worse than the order in which the rows come.
 
     Args:
         features_ND: ``[N, D]``, any floating dtype; computed in float32 on its device.
@@ -43,8 +43,8 @@ def balanced_kmeans(features_ND: Tensor, expert_size: int, *, iterations: int = 
             machine and number of threads: elsewhere float32 sums may round differently.
 
     Returns:
-        int64 ``[N]`` on the CPU: ``order[i]`` is the row at place i. Cluster e holds places ``[e*S, (e+1)*S)``. Rows ascend
-        within a cluster, clusters ascend by their smallest row; a smaller cluster comes last all the same.
+        int64 ``[N]`` on the CPU: ``order[i]`` is the row at place i. Cluster e holds places ``[e*S, (e+1)*S)``. Rows
+        ascend within a cluster, clusters ascend by their smallest row; a smaller cluster comes last all the same.
 
     Raises:
         ValueError: if the features are not a matrix of finite floating-point numbers, or a count is below 1.
@@ -102,7 +102,7 @@ def _bounds(x: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is clustered. ``square`` are squared norms, ``size`` the clusters' sizes, ``total`` the sum of squares about 0."""
+    """What is clustered, and how large each cluster is; ``square`` are squared norms."""
 
     x_ND: Tensor  # N + 1 rows: the last is zeros, what holes hold
     square_N: Tensor
@@ -169,7 +169,6 @@ def _carve(rows: _Rows, seed: int) -> Tensor:
             if made == len(sizes) or not free_N[row]:
                 continue
             near_N.masked_fill_(~free_N, math.inf)
-            near_N[row] = -math.inf
             taken = near_N.topk(sizes[made], largest=False).indices
             slots_ES[made, : sizes[made]] = taken
             free_N[taken] = False
@@ -227,6 +226,7 @@ def _assign(score_NE: Tensor, room_E: Tensor) -> Tensor:
         rank = torch.arange(len(turn), device=turn.device) - first_E[wish[turn]]
         accepted = torch.zeros_like(turn, dtype=torch.bool)
         accepted[turn] = rank < room_E[wish[turn]]
+        assert accepted.any(), "finite scores always find room"
         label_N[waiting[accepted]] = wish[accepted]
         room_E -= torch.bincount(wish[accepted], minlength=len(room_E))
         waiting, score_NE = waiting[~accepted], score_NE[~accepted]

@@ -1,7 +1,7 @@
 """Which neurons share an expert: a permutation of an FFN's neurons, from weights or from what neurons contribute.
 
-Every function returns ``order_F``, int64 ``[F]`` on the CPU: ``order_F[i]`` is the neuron that goes to place i, and expert e
-holds places ``[e*S, (e+1)*S)``; the last expert is smaller where F is no multiple of S. Nothing is changed: see
+A partition is ``order_F``, int64 ``[F]`` on the CPU: ``order_F[i]`` is the neuron that goes to place i, and expert e
+holds places ``[e*S, (e+1)*S)``; the last expert is smaller where F is no multiple of S. Nothing is changed here: see
 :meth:`torch_prunepath.ffn.FFNView.permute_`.
 
 Letters: T tokens, D hidden size, F neurons, S neurons an expert.
@@ -17,8 +17,8 @@ from torch_prunepath.cluster import as_matrix, balanced_kmeans, tidy
 from torch_prunepath.config import Partition, check_choice
 from torch_prunepath.ffn import FFNView
 
-# A contribution of 1/4 of the token's mean is where the logarithm starts to flatten. Tried on SmolLM2-135M: 1, 4 and 16 times
-# the mean, and powers from 0.15 to 2; this needs the fewest experts for 80% of a held-out token's contributions.
+# The logarithm flattens above a quarter of the token's mean contribution. Tried on SmolLM2-135M: factors 1, 4 and 16,
+# and powers from 0.15 to 2 instead of the logarithm; this needs the fewest experts for 80% of a token's output norms.
 STEEPNESS = 4.0
 TOKEN_BLOCK = 256
 
@@ -42,7 +42,7 @@ def random(ffn_size: int, seed: int) -> Tensor:
 
 
 def weight_features(view: FFNView) -> Tensor:
-    """What PrunePath (arXiv 2605.28283) and MoEfication (arXiv 2110.01786) cluster: gate rows, or up rows if there is no gate.
+    """What PrunePath (arXiv 2605.28283) and MoEfication (arXiv 2110.01786) cluster: gate or else up rows.
 
     Returns:
         float32 ``[F, D]``, each row of norm 1; a row of zeros stays one.
@@ -54,9 +54,9 @@ def weight_features(view: FFNView) -> Tensor:
 def contribution_features(contributions_TF: Tensor) -> Tensor:
     """A vector for every neuron, such that clusters of near vectors concentrate a token's contributions in few experts.
 
-    Each token is divided by its mean, so that no token outweighs another, and compressed by ``log1p``, so that no neuron
-    does within a token. Neurons are *not* brought to a common norm: those that hardly ever contribute are near one another,
-    and gather in experts that are hardly ever needed.
+    Each token is divided by its mean, so that no token outweighs another, and compressed by ``log1p``, so that no
+    neuron does within a token. Neurons are *not* brought to a common norm: those that hardly ever contribute are near
+    one another, and gather in experts that are hardly ever needed.
 
     Args:
         contributions_TF: ``[T, F]``, any floating dtype, nothing negative: ``|h_tf| * norm(down_f)``.
@@ -103,16 +103,16 @@ def partition(
     """The permutation by one of four methods; neurons ascend within an expert, experts by their smallest neuron.
 
     Args:
-        name: ``"coactivation"`` (:func:`coactivation`), ``"kmeans"`` (:func:`balanced_kmeans` of :func:`weight_features`),
-            ``"contiguous"`` or ``"random"``.
+        name: ``"coactivation"`` (:func:`coactivation`), ``"kmeans"`` (:func:`balanced_kmeans` of
+            :func:`weight_features`), ``"contiguous"`` or ``"random"``.
         view: the FFN.
         contributions_TF: ``[T, F]``; only ``"coactivation"`` looks at it, and needs it.
         expert_size: S.
         seed: seed of whatever is random.
 
     Raises:
-        ValueError: if the name is not known, the contributions are missing or do not fit the FFN, or an argument is out of
-            range.
+        ValueError: if the name is not known, the contributions are missing or do not fit the FFN, or an argument is out
+            of range.
     """
     check_choice("partition", name, Partition)
     if expert_size < 1:
