@@ -4,7 +4,7 @@ oracle.
     python benchmarks/quality.py --model DIR_OR_GGUF --calibration FILE --test FILE --out
     benchmarks/results/quality.json
 
-Every row is measured at the same realised sparsity on the test text, reached by bisection on tau. Baselines run
+Every row is read off at the same realised sparsity on the test text. Baselines run
 through the same layers, as routing hooks: static removal keeps the same neurons for every token; the oracle routes by
 the experts' true contributions instead of the router's guess.
 """
@@ -15,11 +15,12 @@ import argparse
 import itertools
 import json
 import lzma
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torch_prunepath import SparsifyConfig, densify, register_routing_hook, set_sparsity, sparse_layers, sparsify
+from torch_prunepath import (
+    SparsifyConfig,
+    densify,
+    record_sparsity,
+    register_routing_hook,
+    set_tau,
+    sparse_layers,
+    sparsify,
+)
 from torch_prunepath.calibrate import visit_inputs
 from torch_prunepath.data import as_inputs
 from torch_prunepath.discover import find_ffns
@@ -40,7 +49,9 @@ from torch_prunepath.router import contribution_shares
 from torch_prunepath.select import mask_from_scores
 from torch_prunepath.sparsify import sparse_views
 
+TOLERANCE = 0.004  # sparsity: perplexity is interpolated over at most this distance from a measured point
 PARTITIONS = ["coactivation", "kmeans", "contiguous", "random"]
+STATIC = ["norm", "wanda", "wanda-down"]
 ROUTERS = ["fitted", "centroid", "zero"]
 Row = dict[str, Any]
 
@@ -63,6 +74,23 @@ def token_windows(text: str, tokenizer: Any, count: int, context: int) -> Tensor
     return torch.tensor(ids[: count * context]).view(count, context)
 
 
+@dataclass(frozen=True)
+class Point:
+    """One setting of tau, and what it gave."""
+
+    log_given_up: float
+    sparsity: float
+    log_ppl: float
+
+
+def between(a: Point, b: Point, sparsity: float, margin: float = 0.0) -> Point:
+    """Linear in the sparsity between two points; at least ``margin`` of the way from either."""
+    share = (sparsity - a.sparsity) / max(b.sparsity - a.sparsity, 1e-9)
+    share = min(max(share, margin), 1 - margin)
+    mixed = [x + share * (y - x) for x, y in zip(astuple(a), astuple(b), strict=True)]
+    return Point(*mixed)
+
+
 class Bench:
     """One model and one test text; measures perplexity at exact sparsities."""
 
@@ -72,20 +100,40 @@ class Bench:
         self.test_NC = test_NC.to(model.device)
         self.dense = perplexity(model, self.test_NC)
 
-    def perplexity_at(self, target: float) -> tuple[float, float]:
-        """(tau, perplexity) at a realised sparsity on the test text."""
-        batches = [window[None] for window in self.test_NC]
-        tau = set_sparsity(self.model, target, batches, tolerance=0.001, progress=False)
-        return tau, perplexity(self.model, self.test_NC)
+    def point(self, log_given_up: float) -> Point:
+        """Realised sparsity and log perplexity on the test text, with ``1 - tau = exp(log_given_up)``."""
+        set_tau(self.model, -math.expm1(log_given_up))
+        with record_sparsity(self.model) as record:
+            ppl = perplexity(self.model, self.test_NC)
+        return Point(log_given_up, record.sparsity, math.log(ppl))
 
     def row(self, **labels: Any) -> Row:
-        """A row of the table for the sparse model as it stands."""
-        points = {f"{target:g}": self.perplexity_at(target) for target in self.targets}
+        """A row of the table for the sparse model as it stands: perplexity at each sparsity asked for."""
+        points: list[Point] = [Point(-9.0, 0.0, math.log(self.dense))]
+        found = {f"{target:g}": self.at(target, points) for target in self.targets}
         return {
             **labels,
-            "perplexity": {target: round(ppl, 3) for target, (_, ppl) in points.items()},
-            "tau": {target: tau for target, (tau, _) in points.items()},
+            "perplexity": {target: round(math.exp(point.log_ppl), 3) for target, point in found.items()},
+            "tau": {target: round(-math.expm1(point.log_given_up), 5) for target, point in found.items()},
         }
+
+    def at(self, target: float, points: list[Point]) -> Point:
+        """Perplexity at a sparsity: tau is moved until the sparsity is near, then perplexity is read off in between.
+
+        ``points`` is what was measured so far; new ones are added.
+        """
+        for _ in range(10):
+            points.sort(key=lambda p: p.sparsity)
+            below = max((p for p in points if p.sparsity <= target), key=lambda p: p.sparsity)
+            above = min((p for p in points if p.sparsity > target), key=lambda p: p.sparsity, default=None)
+            near = min((p for p in (below, above) if p is not None), key=lambda p: abs(p.sparsity - target))
+            if abs(near.sparsity - target) <= TOLERANCE:
+                break
+            if above is None:
+                points.append(self.point((below.log_given_up - 0.05) / 2))
+            else:
+                points.append(self.point(between(below, above, target, 0.1).log_given_up))
+        return near if above is None else between(below, above, target)
 
     @contextmanager
     def converted(self, config: SparsifyConfig) -> Iterator[float]:
@@ -107,7 +155,8 @@ def neuron_scores(bench: Bench, kind: str) -> dict[str, Tensor]:
     """Score of every neuron ``[F]`` by layer; the lowest are removed first.
 
     ``"norm"``: mean over tokens of ``|h_f| * ||down_f||``. ``"wanda"``: Wanda's score (arXiv 2306.11695), weight
-    magnitude times the norm of what it multiplies, summed over the neuron's weights.
+    magnitude times the norm of what it multiplies, summed over the neuron's weights; ``"wanda-down"``:
+    over those of down alone.
     """
     scores: dict[str, Tensor] = {}
 
@@ -116,8 +165,10 @@ def neuron_scores(bench: Bench, kind: str) -> dict[str, Tensor]:
         if kind == "norm":
             scores[view.site] = h_NF.abs().mean(0) * view.down_FD.float().norm(dim=-1)
             return
-        into = [rows for rows in (view.gate_FD, view.up_FD) if rows is not None]
         scores[view.site] = h_NF.norm(dim=0) * view.down_FD.float().abs().sum(-1)
+        if kind == "wanda-down":
+            return
+        into = [rows for rows in (view.gate_FD, view.up_FD) if rows is not None]
         scores[view.site] += sum(rows.float().abs() @ x_ND.float().norm(dim=0) for rows in into)
 
     views = [FFNView(bench.model, spec) for spec in find_ffns(bench.model)]
@@ -230,7 +281,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--routers", nargs="+", default=ROUTERS, choices=ROUTERS)
     parser.add_argument("--budgets", nargs="+", default=["sensitivity", "uniform"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--static", nargs="*", default=["norm", "wanda"], choices=["norm", "wanda"])
+    parser.add_argument("--static", nargs="*", default=STATIC, choices=STATIC)
     parser.add_argument("--oracle", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

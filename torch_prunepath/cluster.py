@@ -275,7 +275,7 @@ def _matching(promise_EE: Tensor) -> tuple[Tensor, Tensor]:
     found: list[Tensor] = []
     while True:
         best_E, partner_E = promise_EE.max(1)
-        mutual_E = (best_E > 0) & (partner_E[partner_E] == every_E) & (every_E < partner_E)
+        mutual_E = (best_E > -math.inf) & (partner_E[partner_E] == every_E) & (every_E < partner_E)
         pairs_2P = torch.stack([every_E[mutual_E], partner_E[mutual_E]])
         found.append(pairs_2P)
         if not pairs_2P.numel():

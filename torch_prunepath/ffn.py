@@ -174,4 +174,7 @@ class FFNView:
         """Undo :meth:`permute_` bit-exactly, and give the weights their ordinary strides back."""
         self.permute_(torch.argsort(order_F.to(torch.int64)))
         for parameter in self.parameters():
-            parameter.data = parameter.data.contiguous()
+            # contiguous() would leave odd strides where a dimension is 1.
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device).copy_(
+                parameter
+            )

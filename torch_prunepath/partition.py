@@ -17,9 +17,6 @@ from torch_prunepath.cluster import as_matrix, balanced_kmeans, tidy
 from torch_prunepath.config import Partition, check_choice
 from torch_prunepath.ffn import FFNView
 
-# The logarithm flattens above a quarter of the token's mean contribution. Tried on SmolLM2-135M: factors 1, 4 and 16,
-# and powers from 0.15 to 2 instead of the logarithm; this needs the fewest experts for 80% of a token's output norms.
-STEEPNESS = 4.0
 TOKEN_BLOCK = 256
 
 
@@ -54,9 +51,9 @@ def weight_features(view: FFNView) -> Tensor:
 def contribution_features(contributions_TF: Tensor) -> Tensor:
     """A vector for every neuron, such that clusters of near vectors concentrate a token's contributions in few experts.
 
-    Each token is divided by its mean, so that no token outweighs another, and compressed by ``log1p``, so that no
-    neuron does within a token. Neurons are *not* brought to a common norm: those that hardly ever contribute are near
-    one another, and gather in experts that are hardly ever needed.
+    Each token is divided by its mean, so that no token outweighs another. Neurons are *not* brought to a common norm:
+    those that hardly ever contribute are near one another, and gather in experts that are hardly ever needed. Nor are
+    shares compressed: with logarithms or roots fewer experts reach a given mass, but the model gets worse.
 
     Args:
         contributions_TF: ``[T, F]``, any floating dtype, nothing negative: ``|h_tf| * norm(down_f)``.
@@ -76,7 +73,7 @@ def contribution_features(contributions_TF: Tensor) -> Tensor:
         # By the largest first, or the mean of huge or tiny numbers could leave float32.
         relative_TF = block_TF / block_TF.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         relative_TF /= relative_TF.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        result_FT.copy_((STEEPNESS * relative_TF).log1p_().T)
+        result_FT.copy_(relative_TF.T)
     return features_FT
 
 
