@@ -165,6 +165,14 @@ def test_standard_output_is_the_result_alone(run, tiny: Path, text: Path, monkey
     assert "a library prints" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("A b. C d. E", "A b."), ("No  full\nstop", "No full stop"), ("Python 3.11 is out.", "Python 3.11 is out.")],
+)
+def test_first_sentence(text: str, sentence: str) -> None:
+    assert quickstart._first_sentence(text) == sentence
+
+
 @pytest.mark.network
 @pytest.mark.slow
 def test_quickstart_of_a_real_model(tmp_path: Path) -> None:
@@ -180,7 +188,7 @@ def test_quickstart_of_a_real_model(tmp_path: Path) -> None:
     assert sparse[0]["perplexity"] < 1.25 * dense["perplexity"]
     assert sparse[-1]["sparsity"] > 0.2
     assert results["reloaded_logits_equal"] is True
-    assert len(results["generated"].split()) > 10
+    assert len(results["generated"].split()) > 6
 
 
 # --- what a person can mend -------------------------------------------------------------------------------------------

@@ -173,8 +173,15 @@ def _save_and_reload(model: Any, tokenizer: Any, test_NC: Any, folder: Path, out
     return {
         "checkpoint": str(output / "checkpoint"),
         "reloaded_logits_equal": equal,
-        "generated": " ".join(tokenizer.decode(written[0], skip_special_tokens=True).split()),
+        "generated": _first_sentence(tokenizer.decode(written[0], skip_special_tokens=True)),
     }
+
+
+def _first_sentence(text: str) -> str:
+    """Up to the first full stop that white space follows; all of it, on one line, if there is none."""
+    text = " ".join(text.split())
+    end = text.find(". ")
+    return text if end < 0 else text[: end + 1]
 
 
 def _plot(rows: Sequence[dict[str, Any]], folder: Path, output: Path) -> str | None:
