@@ -38,7 +38,7 @@ from torch_prunepath import (
     sparsify,
 )
 from torch_prunepath.calibrate import visit_inputs
-from torch_prunepath.data import as_inputs
+from torch_prunepath.data import Inputs, as_inputs
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.evaluate import perplexity
 from torch_prunepath.ffn import FFNView
@@ -94,9 +94,8 @@ def between(a: Point, b: Point, sparsity: float, margin: float = 0.0) -> Point:
 class Bench:
     """One model and one test text; measures perplexity at exact sparsities."""
 
-    def __init__(self, model: Any, calibration_NC: Tensor, test_NC: Tensor, targets: list[float]) -> None:
-        self.model, self.targets = model, targets
-        self.calibration = as_inputs(calibration_NC, model)
+    def __init__(self, model: Any, calibration: Inputs, test_NC: Tensor, targets: list[float]) -> None:
+        self.model, self.calibration, self.targets = model, calibration, targets
         self.test_NC = test_NC.to(model.device)
         self.dense = perplexity(model, self.test_NC)
 
@@ -213,19 +212,20 @@ def oracle_row(bench: Bench, config: SparsifyConfig) -> Row:
 def measure(bench: Bench, arguments: argparse.Namespace, save: Callable[[list[Row]], None]) -> list[Row]:
     """Every row; ``save`` is called after each."""
     default = SparsifyConfig()
-    configs = [
-        replace(default, expert_size=size, partition=partition, router=router, budget=budget)
-        for size, partition, router in itertools.product(arguments.sizes, arguments.partitions, arguments.routers)
-        for budget in (arguments.budgets if router == "fitted" else arguments.budgets[:1])
-    ]
+    configs = []
+    for size, partition, router in itertools.product(arguments.sizes, arguments.partitions, arguments.routers):
+        config = replace(default, expert_size=size, partition=partition, router=router)
+        configs.append(config)
+        if (partition, router) == (default.partition, default.router):
+            configs.append(replace(config, budget="uniform"))
     jobs: list[tuple[str, Callable[[], Row]]] = [
         (f"static {kind}", lambda kind=kind: static_row(bench, kind)) for kind in arguments.static
     ]
+    for size in arguments.sizes if arguments.oracle else []:
+        jobs.append((f"oracle S={size}", lambda size=size: oracle_row(bench, replace(default, expert_size=size))))
     for config in configs:
         name = f"{config.partition} {config.router} {config.budget} S={config.expert_size}"
         jobs.append((name, lambda config=config: routed_row(bench, config)))
-    for size in arguments.sizes if arguments.oracle else []:
-        jobs.append((f"oracle S={size}", lambda size=size: oracle_row(bench, replace(default, expert_size=size))))
     rows: list[Row] = []
     for name, job in (bar := tqdm(jobs, unit="row")):
         bar.set_description(name)
@@ -279,7 +279,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--partitions", nargs="+", default=PARTITIONS, choices=PARTITIONS)
     parser.add_argument("--routers", nargs="+", default=ROUTERS, choices=ROUTERS)
-    parser.add_argument("--budgets", nargs="+", default=["sensitivity", "uniform"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--static", nargs="*", default=STATIC, choices=STATIC)
     parser.add_argument("--oracle", action=argparse.BooleanOptionalAction, default=True)
@@ -298,10 +297,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     model, tokenizer = load_model(arguments.model)
     model = model.to(arguments.device)
-    rows_needed = max(1, arguments.calibration_tokens // 512)
-    calibration_NC = token_windows(read_text(arguments.calibration), tokenizer, rows_needed, 512)
+    calibration = as_inputs([read_text(arguments.calibration)], model, tokenizer, arguments.calibration_tokens)
     test_NC = token_windows(read_text(arguments.test), tokenizer, arguments.windows, arguments.context)
-    bench = Bench(model, calibration_NC, test_NC, arguments.sparsity)
+    bench = Bench(model, calibration, test_NC, arguments.sparsity)
     results: dict[str, Any] = {
         **machine(),
         "commit": arguments.commit or commit(),

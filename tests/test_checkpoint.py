@@ -53,7 +53,9 @@ def edit_config(directory: Path, change) -> None:  # type: ignore[no-untyped-def
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_round_trip_is_bit_exact(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, inputs = ARCHITECTURES[name]()
-    if dtype != model.dtype:  # as users get there: to() would also round position tables, which loading keeps in float32
+    if (
+        dtype != model.dtype
+    ):  # as users get there: to() would also round position tables, which loading keeps in float32
         model.save_pretrained(tmp_path / "dense")
         model = type(model).from_pretrained(tmp_path / "dense", dtype=dtype)
     sparsify(model, tau=0.6, config=CONFIG, progress=False)

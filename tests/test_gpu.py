@@ -27,7 +27,8 @@ def test_same_as_on_cpu(name: str) -> None:
     with torch.no_grad():
         expected = model(**inputs)[0]
         found = copy.deepcopy(model).cuda()(**{k: v.cuda() for k, v in inputs.items()})[0]
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)
+    # Norms compute in float32 whatever the model's dtype.
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["one", "sigmoid"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch_prunepath.reference import sparse_ffn_reference
 from torch_prunepath.sparsity import register_routing_hook
 
 WEIGHTS_ONLY = SparsifyConfig(expert_size=8, partition="kmeans", router="centroid", budget="uniform")
+HERE = Path(__file__).parent
 module = sys.modules["torch_prunepath.sparsify"]
 
 
@@ -438,7 +440,7 @@ print(resident("VmHWM") - before, resident("VmRSS") - before)
 """
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=HERE).stdout
     peak, stays = map(float, output.split())
     assert peak < 1.5 * 32 + 8, f"{peak} MiB over the model while converting layers of 32 MiB"
     assert stays < 8 * 0.25 + 24, f"{stays} MiB more afterwards; routers take 2 MiB"

@@ -117,9 +117,9 @@ class SparsityRecord:
     def _count(self, layer: RoutedExperts, routing: Routing, keep_T: Tensor | None) -> None:
         name, mask_TE = routing.name, routing.mask_TE
         size, neurons = layer.experts.expert_size, layer.ffn.ffn_size
-        sizes_E = torch.full((num_experts(neurons, size),), size, device=mask_TE.device, dtype=torch.float64)
-        sizes_E[-1] = neurons - size * (len(sizes_E) - 1)
-        inactive_T = (~mask_TE).to(torch.float64) @ sizes_E
+        inactive_TE = ~mask_TE
+        missing = num_experts(neurons, size) * size - neurons  # of the last expert
+        inactive_T = (inactive_TE.sum(-1) * size - inactive_TE[:, -1] * missing).to(torch.float64)
         real_T = torch.ones_like(inactive_T) if keep_T is None else keep_T.to(torch.float64)
         self._neurons[name] = neurons
         self._inactive[name] = self._inactive.get(name, 0) + (inactive_T * real_T).sum()
