@@ -22,7 +22,7 @@ from torch_prunepath.select import mask_from_scores
 FEW_TOKENS = 16
 """Calls of at most this many tokens gather the active rows on CPU."""
 
-FEW_ROWS = 0.85
+FEW_ROWS = 0.65
 """... if the experts that some token activates hold at most this share of the neurons."""
 
 
