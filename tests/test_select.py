@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import math
+import sys
 
 import pytest
 import torch
@@ -131,6 +133,11 @@ def test_non_finite_scores_are_refused(bad: float) -> None:
 def test_tau_outside_its_range_is_refused(tau: float) -> None:
     with pytest.raises(ValueError, match=r"outside \(0, 1\]"):
         select_experts(torch.zeros(1, 2), tau)
+
+
+def test_docstring_example() -> None:
+    results = doctest.testmod(sys.modules[select_experts.__module__])
+    assert results.attempted and not results.failed
 
 
 def test_unknown_rule_and_wrong_shapes_are_refused() -> None:

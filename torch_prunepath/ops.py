@@ -16,7 +16,6 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATION_BACKWARDS, ACTIVATIONS
-from torch_prunepath.config import num_experts
 from torch_prunepath.select import mask_from_scores
 
 FEW_TOKENS = 16
@@ -315,12 +314,3 @@ def _expert_down_autograd(ctx, grad_TD):  # type: ignore[no-untyped-def]
 
 
 expert_down.register_autograd(_expert_down_autograd, setup_context=_expert_down_setup)
-
-
-def experts_for(ffn_size: int, mask_TE: Tensor, expert_size: int) -> None:
-    """Raise ValueError unless ``mask_TE`` has one column for each expert."""
-    if mask_TE.shape[-1] != num_experts(ffn_size, expert_size):
-        raise ValueError(
-            f"mask has {mask_TE.shape[-1]} experts, but {ffn_size} neurons in experts of {expert_size} make "
-            f"{num_experts(ffn_size, expert_size)}"
-        )

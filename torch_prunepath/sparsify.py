@@ -58,6 +58,10 @@ def sparsify(
     Names and shapes of the model's parameters stay; each sparse layer gains ``router`` and ``permutation``. Nothing is
     trained: neurons are grouped and routers fitted on calibration data.
 
+    Conversion needs the memory of one more layer, and leaves nothing behind but routers and permutations. Calibration
+    before it needs the activations of one forward pass over ``config.calibration_tokens`` tokens, of one FFN at a time,
+    and, with ``budget="sensitivity"``, those of a backward pass over one row and a ``[D, D]`` matrix for each FFN.
+
     Args:
         model: a Hugging Face model, or any module whose FFNs :func:`torch_prunepath.discover.find_ffns` finds.
         tau: router mass that the active experts must reach, in (0, 1]; 1 computes the dense model. See
