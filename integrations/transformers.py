@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torch_prunepath.ffn import FFNView
-from torch_prunepath.manifest import METHOD, Manifest, attach, describe, rebuild, resolve, saved_names
+from torch_prunepath.manifest import METHOD, Manifest, rebuild, resolve, saved_names
 from torch_prunepath.sparsity import set_tau, sparse_layers
 
 
@@ -83,7 +83,6 @@ class PrunePathQuantizer(HfQuantizer):
             # Made without data while the model had none.
             module.tau = torch.zeros((), dtype=torch.float32, device=module.permutation.device)
         set_tau(model, taus)
-        attach(model, describe(model, manifest.config))
         # From here on a model like one that sparsify() made: nothing about it is quantised.
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             if name in model.__dict__:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from torch_prunepath.calibrate import PaddingTracker, quiet, removing
 from torch_prunepath.config import Rule
-from torch_prunepath.data import Inputs
+from torch_prunepath.data import Inputs, evaluation_mode
 from torch_prunepath.ffn import FFNView
 from torch_prunepath.ops import expand_experts
 from torch_prunepath.select import mask_from_scores
@@ -65,16 +65,11 @@ def fisher_information(
     moments = {view.site: torch.zeros(()) for view in views}
     counts = dict.fromkeys(moments, 0)
     generator = torch.Generator().manual_seed(seed)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in tqdm(_rows(inputs), desc="measuring sensitivity", unit="row", disable=not progress):
             for site, g_ND in _output_gradients(model, views, batch, generator):
                 moments[site] = moments[site].to(g_ND.device) + g_ND.t() @ g_ND
                 counts[site] += g_ND.shape[0]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return {site: moment / max(counts[site], 1) for site, moment in moments.items()}
 
 

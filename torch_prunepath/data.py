@@ -214,13 +214,19 @@ def iterate_inputs(batches: Any, model: nn.Module, tokenizer: Any = None) -> lis
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """:func:`evaluation_mode`, and no gradients."""
+    with evaluation_mode(model), torch.no_grad():
+        yield

@@ -8,26 +8,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients, whatever the model's mode was; its mode is restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
+from torch_prunepath.data import evaluation_mode
 
 
 def perplexity(model: Any, window_NC: Tensor, *, title: str = "perplexity") -> float:
@@ -44,7 +32,7 @@ def perplexity(model: Any, window_NC: Tensor, *, title: str = "perplexity") -> f
         ValueError: if it is not a finite number.
     """
     total = 0.0
-    with _evaluating(model):
+    with evaluation_mode(model), torch.inference_mode():
         for window_C in tqdm(window_NC.to(model.device), desc=title, unit="window", leave=False, disable=None):
             logits_CV = model(input_ids=window_C[None], use_cache=False).logits[0, :-1]
             total += nnf.cross_entropy(logits_CV.float(), window_C[1:], reduction="sum").item()
@@ -89,7 +77,7 @@ def decode_speed(
     )
     prompt_1P = prompt_1P.to(model.device)
     speeds = []
-    with _evaluating(model):
+    with evaluation_mode(model), torch.inference_mode():
         for _ in tqdm(range(1 + repeats), desc=title, unit="run", leave=False, disable=None):
             clock = _Clock()
             model.generate(

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
 from torch_prunepath.ffn import FFNView, bias_of, is_transposed, site_name, weight_out_in
-from torch_prunepath.ops import expand_experts, expert_down, expert_up, select_experts
+from torch_prunepath.ops import expert_down, expert_up, select_experts, weighted, zero_inactive
 from torch_prunepath.router import Router
 
 
@@ -57,7 +57,15 @@ class Routing:
 RoutingHook = Callable[[Routing], Tensor | None]
 
 
-class RoutedExperts(nn.Module):
+class Swapped(nn.Module):
+    """A module whose class was swapped for one made at run time; pickle and deepcopy rebuild the class."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        dense, kind = _bases(type(self))
+        return _blank, (dense, kind), self.__dict__.copy()
+
+
+class RoutedExperts(Swapped):
     """What every sparse layer has: a router, tau, the permutation of its neurons, and routing hooks.
 
     Never built by itself: it is mixed into the class of an existing module by :func:`make_routed`.
@@ -106,10 +114,6 @@ class RoutedExperts(nn.Module):
         if self.tau.dtype != tau.dtype:
             self.tau = tau.to(self.tau.device)
         return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        dense, kind = _bases(type(self))
-        return _blank, (dense, kind), self.__dict__.copy()
 
 
 def _checked_mask(name: str, replaced: Tensor, mask_TE: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ class SparseUp(RoutedExperts):
         return h.reshape(*shape[:-1], h.shape[-1])
 
 
-class SparseDown(nn.Module):
+class SparseDown(Swapped):
     """fc2 of an FFN whose two layers a model calls apart."""
 
     handoff: Handoff
@@ -181,10 +185,6 @@ class SparseDown(nn.Module):
         self.handoff.routing = None
         y_TD = _expert_down(self, h.reshape(-1, h.shape[-1]), mask_TE, gates_TE, self.expert_size)
         return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        dense, kind = _bases(type(self))
-        return _blank, (dense, kind), self.__dict__.copy()
 
 
 # --- computation ------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def _up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int
         h_TF = act(first) * second if view.spec.fused == "gate_up" else first * act(second)
     else:
         h_TF = act(pre)
-    return h_TF.masked_fill(~expand_experts(mask_TE, size, h_TF.shape[1]), 0)
+    return zero_inactive(h_TF, mask_TE, size)
 
 
 def _expert_up(
@@ -238,10 +238,7 @@ def _expert_up(
 def _down(down: nn.Module, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
     if _plain(down):
         return _expert_down(down, h_TF, mask_TE, gates_TE, size)
-    h_TF = h_TF.masked_fill(~expand_experts(mask_TE, size, h_TF.shape[1]), 0)
-    if gates_TE is not None:
-        h_TF = h_TF * expand_experts(gates_TE, size, h_TF.shape[1]).to(h_TF.dtype)
-    y_TD: Tensor = down(h_TF)
+    y_TD: Tensor = down(weighted(h_TF, mask_TE, gates_TE, size))
     return y_TD
 
 
@@ -283,7 +280,7 @@ def _blank(dense: type, kind: type) -> nn.Module:
 
 def is_sparse(module: nn.Module) -> bool:
     """Whether ``module`` is a sparse layer (or the second half of one)."""
-    return isinstance(module, RoutedExperts | SparseDown)
+    return isinstance(module, Swapped)
 
 
 def make_routed(

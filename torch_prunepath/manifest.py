@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_prunepath.config import FORMAT_VERSION, FFNSpec, SparsifyConfig, check_tau
+from torch_prunepath.config import FORMAT_VERSION, FFNSpec, SparsifyConfig, check_tau, num_experts
 from torch_prunepath.ffn import FFNView, weight_out_in
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts, make_routed
 from torch_prunepath.router import Router
@@ -145,7 +145,7 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
     for view, layer in zip(views, manifest.layers, strict=True):
         weight = weight_out_in(view.up)
         ffn, size = view.spec, layer.experts.expert_size
-        router = Router(ffn.hidden_size, -(-ffn.ffn_size // size), bias=layer.router_bias).to(weight.dtype)
+        router = Router(ffn.hidden_size, num_experts(ffn.ffn_size, size), bias=layer.router_bias).to(weight.dtype)
         with torch.device(weight.device):
             order_F = torch.arange(ffn.ffn_size)
         make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)

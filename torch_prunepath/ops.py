@@ -38,13 +38,15 @@ def _sum_experts(values_TF: Tensor, expert_size: int, experts: int) -> Tensor:
     return padded.view(-1, experts, expert_size).sum(-1)
 
 
-def _zero_inactive(h_TF: Tensor, mask_TE: Tensor, expert_size: int) -> Tensor:
+def zero_inactive(h_TF: Tensor, mask_TE: Tensor, expert_size: int) -> Tensor:
+    """``[T, F]`` with the neurons of inactive experts set to 0."""
     # masked_fill, not a product: an inactive neuron that overflowed must not turn into NaN.
     return h_TF.masked_fill(~expand_experts(mask_TE, expert_size, h_TF.shape[1]), 0)
 
 
-def _weighted(h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, expert_size: int) -> Tensor:
-    h_TF = _zero_inactive(h_TF, mask_TE, expert_size)
+def weighted(h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, expert_size: int) -> Tensor:
+    """:func:`zero_inactive`, and each active neuron times its expert's gate."""
+    h_TF = zero_inactive(h_TF, mask_TE, expert_size)
     if gates_TE is None:
         return h_TF
     return h_TF * expand_experts(gates_TE, expert_size, h_TF.shape[1]).to(h_TF.dtype)
@@ -120,7 +122,7 @@ def expert_up(
         ``[T, F]`` in the dtype of ``x_TD``.
     """
     h_TF = _activate(_pre(x_TD, up_FD, up_bias_F, gate_FD, gate_bias_F), activation)
-    return _zero_inactive(h_TF, mask_TE, expert_size)
+    return zero_inactive(h_TF, mask_TE, expert_size)
 
 
 @expert_up.register_kernel("cpu")
@@ -143,7 +145,7 @@ def _expert_up_cpu(
         h_TF = h_TR.new_zeros(x_TD.shape[0], up_FD.shape[0]).index_copy_(1, rows_R, h_TR)
         if mask_TE.shape[0] == 1:
             return h_TF
-    return _zero_inactive(h_TF, mask_TE, expert_size)
+    return zero_inactive(h_TF, mask_TE, expert_size)
 
 
 @expert_up.register_fake
@@ -165,7 +167,7 @@ def expert_up_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, up, up bias, gate, gate bias, in this order; those not in ``needs`` are empty tensors."""
-    grad_TF = _zero_inactive(grad_TF, mask_TE, expert_size)
+    grad_TF = zero_inactive(grad_TF, mask_TE, expert_size)
     grad_up, grad_gate = grad_TF, None
     if activation != "none":
         backward = ACTIVATION_BACKWARDS[activation]
@@ -237,7 +239,7 @@ def expert_down(
     Returns:
         ``[T, D]`` in the dtype of ``h_TF``.
     """
-    return nnf.linear(_weighted(h_TF, mask_TE, gates_TE, expert_size), down_FD.t(), down_bias_D)
+    return nnf.linear(weighted(h_TF, mask_TE, gates_TE, expert_size), down_FD.t(), down_bias_D)
 
 
 @expert_down.register_kernel("cpu")
@@ -249,7 +251,7 @@ def _expert_down_cpu(
     down_bias_D: Tensor | None,
     expert_size: int,
 ) -> Tensor:
-    h_TF = _weighted(h_TF, mask_TE, gates_TE, expert_size)
+    h_TF = weighted(h_TF, mask_TE, gates_TE, expert_size)
     rows_R = active_rows(mask_TE, expert_size, down_FD.shape[0])
     if rows_R is not None:
         h_TF, down_FD = h_TF.index_select(1, rows_R), down_FD.index_select(0, rows_R)
@@ -276,12 +278,12 @@ def expert_down_backward(
     if needs[0] or needs[1]:
         through_TF = grad_TD @ down_FD.t()
         if needs[0]:
-            grads[0] = _weighted(through_TF, mask_TE, gates_TE, expert_size)
+            grads[0] = weighted(through_TF, mask_TE, gates_TE, expert_size)
         if needs[1] and gates_TE is not None:
-            products_TF = _zero_inactive(through_TF * h_TF, mask_TE, expert_size)
+            products_TF = zero_inactive(through_TF * h_TF, mask_TE, expert_size)
             grads[1] = _sum_experts(products_TF, expert_size, mask_TE.shape[1]).to(gates_TE.dtype)
     if needs[2]:
-        grads[2] = _weighted(h_TF, mask_TE, gates_TE, expert_size).t() @ grad_TD
+        grads[2] = weighted(h_TF, mask_TE, gates_TE, expert_size).t() @ grad_TD
     if needs[3]:
         grads[3] = grad_TD.sum(0)
     return grads

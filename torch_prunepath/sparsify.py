@@ -197,22 +197,23 @@ def _apply(
     """Convert layer by layer; needs the memory of one more layer. Undoes everything if it cannot finish."""
     experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset)
     done: list[tuple[FFNView, Tensor]] = []
-    for view in views:
-        plan = plans[view.site]
-        originals = [(parameter, parameter.data) for parameter in view.parameters()]
-        try:
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        for view in views:
+            plan, budget = plans[view.site], budgets[view.site]
+            originals = [(parameter, parameter.data) for parameter in view.parameters()]
             view.permute_(plan.order_F)
-            budget = budgets[view.site]
             make_routed(view, experts, plan.router, plan.order_F, layer_tau(tau, budget), budget)
-        except BaseException:
+            done.append((view, plan.order_F))
+    except BaseException:
+        for view in views:
             make_dense(view)
-            for parameter, data in originals:
-                parameter.data = data
-            for earlier, order_F in reversed(done):
-                make_dense(earlier)
-                earlier.unpermute_(order_F)
-            raise
-        done.append((view, plan.order_F))
+        for view, order_F in done:
+            view.unpermute_(order_F)
+        # The layer that was in hand, whatever had happened to it.
+        for parameter, data in originals:
+            parameter.data = data
+        raise
 
 
 def sparse_views(model: nn.Module) -> dict[str, FFNView]:
