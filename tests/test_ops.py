@@ -89,6 +89,18 @@ def test_expert_up_gradients(activation: str, gated: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_router_scores_and_gradients(dtype: torch.dtype) -> None:
+    leaves = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((5, 7), (9, 7), (9,))]
+    x, weight, bias = leaves
+    found = ops.router_scores(x, weight, bias)
+    expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn(5, 9)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad))
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["gate-one", "gates"])
 def test_expert_down_gradients(gated: bool) -> None:
     T, D, F, S = 5, 7, 37, 8
@@ -161,7 +173,12 @@ def opcheck_inputs() -> list:
     h, bias = torch.randn(5, 37), torch.randn(7)
     for t in (x, up, up_b, gate, gate_b, h, bias, gates):
         t.requires_grad_()  # type: ignore[union-attr]
+    router, router_b = weights(9, 7, torch.float32, True, 3)
+    for t in (router, router_b):
+        t.requires_grad_()  # type: ignore[union-attr]
     return [
+        pytest.param(ops.router_scores, (x, router, router_b), id="router"),
+        pytest.param(ops.router_scores, (x, router, None), id="router-no-bias"),
         pytest.param(ops.select_experts, (torch.randn(3, 9), torch.tensor(0.5), "reach"), id="select"),
         pytest.param(ops.expert_up, (x, mask, up, up_b, gate, gate_b, "silu", 8), id="up-gated"),
         pytest.param(ops.expert_up, (x, mask, up, None, None, None, "none", 8), id="up-plain"),

@@ -1,6 +1,6 @@
 """The operators of a sparse FFN: schema, fake, default implementation, CPU implementation, autograd.
 
-    mask = select_experts(router(x), tau)
+    mask = select_experts(router_scores(x, ...), tau)
     y = expert_down(expert_up(x, mask, ...), mask, ...)
 
 They are opaque to ``torch.compile``, so that a backend can find and replace them. Shapes: T tokens, D hidden size,
@@ -60,6 +60,58 @@ def active_rows(mask_TE: Tensor, expert_size: int, ffn_size: int) -> Tensor | No
     if int(used_E.sum()) * expert_size > FEW_ROWS * ffn_size:
         return None
     return expand_experts(used_E.unsqueeze(0), expert_size, ffn_size)[0].nonzero().squeeze(1)
+
+
+# --- router_scores ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("prunepath::router_scores", mutates_args=())
+def router_scores(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """``x W^T + b`` in float32, whatever the dtypes of its inputs: ``[T, D], [E, D], [E] -> [T, E]``."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return nnf.linear(x_TD.float(), weight_ED.float(), None if bias_E is None else bias_E.float())
+
+
+@router_scores.register_fake
+def _(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("prunepath::router_scores_backward", mutates_args=())
+def router_scores_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, needs: list[bool]) -> list[Tensor]:
+    """Gradients of x, weight and bias (float32), in this order; those not in ``needs`` are empty tensors."""
+    grads = [x_TD.new_empty(0), weight_ED.new_empty(0), grad_TE.new_empty(0)]
+    with torch.autocast(x_TD.device.type, enabled=False):
+        if needs[0]:
+            grads[0] = (grad_TE @ weight_ED.float()).to(x_TD.dtype)
+        if needs[1]:
+            grads[1] = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+        if needs[2]:
+            grads[2] = grad_TE.sum(0)
+    return grads
+
+
+@router_scores_backward.register_fake
+def _(grad_TE, x_TD, weight_ED, needs):  # type: ignore[no-untyped-def]
+    shapes = (x_TD.shape, weight_ED.shape, grad_TE.shape[1:])
+    likes = (x_TD, weight_ED, grad_TE)
+    return [like.new_empty(shape if need else 0) for like, shape, need in zip(likes, shapes, needs, strict=True)]
+
+
+def _router_scores_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x_TD, weight_ED, bias_E = inputs
+    ctx.bias_dtype = None if bias_E is None else bias_E.dtype
+    ctx.save_for_backward(x_TD, weight_ED)
+
+
+def _router_scores_autograd(ctx, grad_TE):  # type: ignore[no-untyped-def]
+    needs = list(ctx.needs_input_grad)
+    grads = router_scores_backward(grad_TE, *ctx.saved_tensors, needs)
+    x, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return x, weight, None if bias is None else bias.to(ctx.bias_dtype)
+
+
+router_scores.register_autograd(_router_scores_autograd, setup_context=_router_scores_setup)
 
 
 # --- select_experts ---------------------------------------------------------------------------------------------------

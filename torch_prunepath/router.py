@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torch_prunepath.config import num_experts
 from torch_prunepath.ffn import FFNView
+from torch_prunepath.ops import router_scores
 
 
 class Router(nn.Linear):
@@ -30,9 +31,8 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., E]``."""
-        with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return nnf.linear(x.float(), self.weight.float(), bias)
+        scores_TE = router_scores(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return scores_TE.view(*x.shape[:-1], scores_TE.shape[-1])
 
 
 def expert_sums(values_NF: Tensor, expert_size: int) -> Tensor:
