@@ -60,7 +60,7 @@ def sparse_ffn(
 
 
 @sparse_ffn.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     x_TD,
     router_ED,
     router_bias_E,
@@ -75,5 +75,5 @@ def _(
     down_bias_D,
     activation,
     expert_size,
-):  # type: ignore[no-untyped-def]
+):
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
