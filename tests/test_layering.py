@@ -24,9 +24,14 @@ ORDER = [
     "discover",
     "cluster",
     "partition",
+    "cpu",
     "ops",
     "router",
     "fused",
+    "compile.graph",
+    "compile.inline",
+    "compile.passes",
+    "compile.backend",
     "layer",
     "data",
     "calibrate",
@@ -44,13 +49,30 @@ ORDER = [
     "report",
     "convert",
     "quickstart",
+    "bench.geometry",
+    "bench.options",
+    "bench.floor",
+    "bench.timing",
+    "bench.layers",
+    "bench.gate",
+    "bench.sources",
+    "bench.results",
+    "bench.ffn",
+    "bench.decoder",
+    "bench.sides",
+    "bench.wholes",
+    "bench.build",
+    "bench.requests",
+    "bench.decode",
     "cli",
 ]
 
 
 def path_of(module: str) -> Path:
     root, _, rest = module.partition(".")
-    return INTEGRATIONS / f"{rest}.py" if root == "integrations" else PACKAGE / f"{module}.py"
+    if root == "integrations":
+        return INTEGRATIONS / f"{rest}.py"
+    return (PACKAGE / module.replace(".", "/")).with_suffix(".py")
 
 
 def imported(path: Path) -> set[str]:
@@ -59,7 +81,9 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torch_prunepath":
             rest = node.module.split(".")[1:]
-            found |= {".".join(rest)} if rest else {alias.name for alias in node.names}
+            # "from torch_prunepath.bench import ffn" imports the module bench.ffn.
+            whole = not rest or (PACKAGE.joinpath(*rest)).is_dir()
+            found |= {".".join([*rest, a.name]) for a in node.names} if whole else {".".join(rest)}
         if isinstance(node, ast.Import):
             found |= {
                 a.name.removeprefix("torch_prunepath.") for a in node.names if a.name.startswith("torch_prunepath.")
@@ -68,7 +92,8 @@ def imported(path: Path) -> set[str]:
 
 
 def test_the_list_is_complete() -> None:
-    present = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    files = [path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
+    present = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files}
     present |= {f"integrations.{path.stem}" for path in INTEGRATIONS.glob("*.py")} - {"integrations.__init__"}
     assert present == set(ORDER)
 

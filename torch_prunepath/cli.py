@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,8 +34,12 @@ SETTINGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code: 0; 2 if the person must mend something; 130 if interrupted."""
+    """Run a command; return the exit code.
+
+    It is 0, 1 if a benchmark found wrong results, 2 if the person must mend something, or 130 if interrupted.
+    """
     arguments = _parser().parse_args(argv)
+    arguments.command_line = shlex.join(["prunepath", *(sys.argv[1:] if argv is None else argv)])
     # So that a command that is asked to end still clears away what it has half written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"prunepath: error: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     print(json.dumps(results, allow_nan=False) if arguments.json else text)
     return 0
 
@@ -62,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_quickstart(commands)
     _add_sparsify(commands)
     _add_info(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -148,3 +154,69 @@ def _info(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     results = convert.info(arguments.folder)
     return results, convert.render_info(results)
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "Time dense against sparse, after checking that both compute the right thing."
+    bench = commands.add_parser("bench", help=summary, description=summary)
+    kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
+    _add_bench_options(_add_command(kinds, "ffn", _bench_ffn, "One FFN, layers rotated past the last cache."))
+    command = _add_command(kinds, "decode", _bench_decode, "A whole model, compiled, decoding from a static cache.")
+    _add_bench_options(command)
+    command.add_argument("--context", type=int, default=128, help="tokens in the cache when decoding starts")
+    command.add_argument("--new-tokens", type=int, default=64, help="tokens decoded in a timed run")
+    modes = "of eager, default, max-autotune, reduce-overhead and, on CUDA, graph, graph-max-autotune"
+    command.add_argument("--modes", nargs="+", metavar="MODE", help=f"dense ones, {modes}: the best is the baseline")
+    command.add_argument("--sparse-modes", nargs="+", metavar="MODE", help="sparse ones: the best counts")
+    command.add_argument("--backend", default="prunepath", help="torch.compile's backend of the sparse model")
+    command.add_argument(
+        "--prompts", type=int, default=0, metavar="N", help="also measure N prompts of different lengths one by one"
+    )
+
+
+def _add_bench_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--geometry", nargs="+", required=True, metavar="NAME|DIR", help="a known model's sizes, or a model's folder"
+    )
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    command.add_argument("--batch", type=int, nargs="*", default=[1], help="tokens a call (default: 1)")
+    command.add_argument("--prompt", type=int, nargs="*", default=[], help="prompt lengths to read at once")
+    command.add_argument(
+        "--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95], help="inactive shares"
+    )
+    command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="(default: bf16)")
+    command.add_argument("--expert-size", type=int, default=32, help="neurons an expert (default: 32)")
+    command.add_argument("--gate", choices=("one", "sigmoid"), default="one", help="(default: one)")
+    command.add_argument("--layers", type=int, help="layers to rotate (ffn), or to build (decode)")
+    command.add_argument("--seconds", type=float, default=1.0, help="how long to time each thing (default: 1)")
+    command.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    command.add_argument("-o", "--output", type=Path, help="folder for results.json and the plot")
+
+
+def _bench_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    plural = {"geometry": "geometries", "batch": "batches", "prompt": "prompts", "sparsity": "sparsities"}
+    same = ("device", "dtype", "expert_size", "gate", "layers", "seconds", "seed", "output", "command_line")
+    return {name: getattr(arguments, key) for key, name in plural.items()} | {k: getattr(arguments, k) for k in same}
+
+
+def _bench_ffn(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from torch_prunepath.bench import ffn, options, results
+
+    found = ffn.run(options.FFNOptions(**_bench_options(arguments)))
+    return found, results.render(found)
+
+
+def _bench_decode(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from torch_prunepath.bench import decode, options, results
+
+    asked = options.DecodeOptions(
+        **_bench_options(arguments),
+        context=arguments.context,
+        new_tokens=arguments.new_tokens,
+        modes=arguments.modes,
+        sparse_modes=arguments.sparse_modes,
+        backend=arguments.backend,
+        requests=arguments.prompts,
+    )
+    found = decode.run(asked)
+    return found, results.render(found)

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
 from torch_prunepath.ffn import FFNView, bias_of, is_transposed, site_name, weight_out_in
+from torch_prunepath.fused import sparse_ffn
 from torch_prunepath.ops import expert_down, expert_up, select_experts, weighted, zero_inactive
 from torch_prunepath.router import Router
 
@@ -132,8 +133,10 @@ class SparseFFN(RoutedExperts):
         """``[..., D] -> [..., D]``."""
         shape = hidden_states.shape
         x_TD = hidden_states.reshape(-1, shape[-1])
-        mask_TE, gates_TE = self.route(x_TD, shape[:-1])
         view = FFNView.of_owner(self, self.ffn)
+        if self._takes_one_operator(view, x_TD):
+            return self._forward_at_once(view, x_TD).reshape(shape)
+        mask_TE, gates_TE = self.route(x_TD, shape[:-1])
         h_TF = _up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
         if self.ffn.hidden_dropout is not None:
             h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
@@ -141,6 +144,39 @@ class SparseFFN(RoutedExperts):
         if self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
+
+    def _takes_one_operator(self, view: FFNView, x_TD: Tensor) -> bool:
+        """Whether nobody needs what lies between the router's input and the output: no gradient, hook or dropout."""
+        weight = weight_out_in(view.down)
+        return (
+            not torch.is_grad_enabled()
+            and not self.training
+            and not self.routing_hooks
+            and type(self.router) is Router
+            and not _watched(self.router)
+            and _plain(view.up, view.gate, view.down)
+            and x_TD.dtype == weight.dtype == weight_out_in(view.up).dtype
+            and not torch.is_autocast_enabled(x_TD.device.type)
+        )
+
+    def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:
+        experts, router = self.experts, self.router
+        return sparse_ffn(
+            x_TD,
+            router.weight,
+            router.bias,
+            self.tau,
+            experts.rule,
+            None if experts.gate == "one" else experts.gate_offset,
+            view.up_FD,
+            view.up_bias_F,
+            view.gate_FD,
+            view.gate_bias_F,
+            view.down_FD,
+            view.down_bias_D,
+            self.ffn.activation,
+            experts.expert_size,
+        )
 
 
 class Handoff:
@@ -193,15 +229,14 @@ class SparseDown(Swapped):
 def _plain(*modules: nn.Module | None) -> bool:
     """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks."""
     return all(
-        module is None
-        or (
-            (type(module) is nn.Linear or is_transposed(module))
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-            and "forward" not in module.__dict__
-        )
+        module is None or ((type(module) is nn.Linear or is_transposed(module)) and not _watched(module))
         for module in modules
     )
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something hooks into the module's forward or replaces it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:

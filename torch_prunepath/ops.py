@@ -6,23 +6,20 @@
 They are opaque to ``torch.compile``, so that a backend can find and replace them. Shapes: T tokens, D hidden size,
 F neurons, E experts of S neurons (the last may be smaller). Weights are *rows* ``[F, D]``: one neuron's D numbers each.
 The default implementations compute every neuron and zero those of inactive experts; on CPU, calls of few tokens read
-only the rows of the experts that some token activates.
+only the rows of active experts where that pays (``cpu``).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from torch_prunepath import cpu
 from torch_prunepath.activations import ACTIVATION_BACKWARDS, ACTIVATIONS
 from torch_prunepath.select import mask_from_scores
-
-FEW_TOKENS = 16
-"""Calls of at most this many tokens gather the active rows on CPU."""
-
-FEW_ROWS = 0.65
-"""... if the experts that some token activates hold at most this share of the neurons."""
 
 
 def expand_experts(values_TE: Tensor, expert_size: int, ffn_size: int) -> Tensor:
@@ -52,16 +49,6 @@ def weighted(h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, expert_size
     return h_TF * expand_experts(gates_TE, expert_size, h_TF.shape[1]).to(h_TF.dtype)
 
 
-def active_rows(mask_TE: Tensor, expert_size: int, ffn_size: int) -> Tensor | None:
-    """Indices ``[R]`` of the neurons that some token activates, or None where computing all is better."""
-    if mask_TE.shape[0] > FEW_TOKENS:
-        return None
-    used_E = mask_TE.any(0)
-    if int(used_E.sum()) * expert_size > FEW_ROWS * ffn_size:
-        return None
-    return expand_experts(used_E.unsqueeze(0), expert_size, ffn_size)[0].nonzero().squeeze(1)
-
-
 # --- router_scores ----------------------------------------------------------------------------------------------------
 
 
@@ -70,6 +57,12 @@ def router_scores(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Ten
     """``x W^T + b`` in float32, whatever the dtypes of its inputs: ``[T, D], [E, D], [E] -> [T, E]``."""
     with torch.autocast(x_TD.device.type, enabled=False):
         return nnf.linear(x_TD.float(), weight_ED.float(), None if bias_E is None else bias_E.float())
+
+
+@router_scores.register_kernel("cpu")
+def _router_scores_cpu(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return cpu.scores(x_TD, weight_ED, bias_E)
 
 
 @router_scores.register_fake
@@ -177,27 +170,7 @@ def expert_up(
     return zero_inactive(h_TF, mask_TE, expert_size)
 
 
-@expert_up.register_kernel("cpu")
-def _expert_up_cpu(
-    x_TD: Tensor,
-    mask_TE: Tensor,
-    up_FD: Tensor,
-    up_bias_F: Tensor | None,
-    gate_FD: Tensor | None,
-    gate_bias_F: Tensor | None,
-    activation: str,
-    expert_size: int,
-) -> Tensor:
-    rows_R = active_rows(mask_TE, expert_size, up_FD.shape[0])
-    if rows_R is None:
-        h_TF = _activate(_pre(x_TD, up_FD, up_bias_F, gate_FD, gate_bias_F), activation)
-    else:
-        parts = [None if w is None else w.index_select(0, rows_R) for w in (up_FD, up_bias_F, gate_FD, gate_bias_F)]
-        h_TR = _activate(_pre(x_TD, *parts), activation)  # type: ignore[arg-type]
-        h_TF = h_TR.new_zeros(x_TD.shape[0], up_FD.shape[0]).index_copy_(1, rows_R, h_TR)
-        if mask_TE.shape[0] == 1:
-            return h_TF
-    return zero_inactive(h_TF, mask_TE, expert_size)
+expert_up.register_kernel("cpu")(cpu.expert_up)
 
 
 @expert_up.register_fake
@@ -294,20 +267,7 @@ def expert_down(
     return nnf.linear(weighted(h_TF, mask_TE, gates_TE, expert_size), down_FD.t(), down_bias_D)
 
 
-@expert_down.register_kernel("cpu")
-def _expert_down_cpu(
-    h_TF: Tensor,
-    mask_TE: Tensor,
-    gates_TE: Tensor | None,
-    down_FD: Tensor,
-    down_bias_D: Tensor | None,
-    expert_size: int,
-) -> Tensor:
-    h_TF = weighted(h_TF, mask_TE, gates_TE, expert_size)
-    rows_R = active_rows(mask_TE, expert_size, down_FD.shape[0])
-    if rows_R is not None:
-        h_TF, down_FD = h_TF.index_select(1, rows_R), down_FD.index_select(0, rows_R)
-    return nnf.linear(h_TF, down_FD.t(), down_bias_D)
+expert_down.register_kernel("cpu")(cpu.expert_down)
 
 
 @expert_down.register_fake
@@ -368,3 +328,26 @@ def _expert_down_autograd(ctx, grad_TD):  # type: ignore[no-untyped-def]
 
 
 expert_down.register_autograd(_expert_down_autograd, setup_context=_expert_down_setup)
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def register_cuda(op: Any, name: str) -> None:
+    """Let ``csrc_triton.ffn.<name>`` compute ``op`` on CUDA devices, float64 excepted."""
+
+    @op.register_kernel("cuda")
+    def _(*args: Any) -> Tensor:
+        if args[0].dtype == torch.float64:  # kernels add up in float32
+            return op._init_fn(*args)
+        try:
+            import torch_prunepath.csrc_triton.ffn as kernels
+        except ImportError as error:
+            raise ImportError("sparse FFNs on a CUDA device need Triton: pip install triton") from error
+        return getattr(kernels, name)(*args)
+
+
+register_cuda(router_scores, "router_scores")
+register_cuda(select_experts, "select_experts")
+register_cuda(expert_up, "expert_up")
+register_cuda(expert_down, "expert_down")

@@ -1,0 +1,120 @@
+"""Selection of few tokens: every expert decides for itself, by comparing its score with all others.
+
+That needs no sort: ``mass_before(e)`` is the sum over the experts with a higher score (or the same and a lower index).
+Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_prunepath.csrc_triton.jit import begin, launch_options, overlaps
+from torch_prunepath.csrc_triton.order import Workspace
+
+
+@triton.jit
+def _rank(
+    parts_ptr,
+    tau_ptr,
+    mask_ptr,
+    weights_ptr,
+    order_ptr,
+    used_ptr,
+    count_ptr,
+    E,
+    gate_offset,
+    stride_part,
+    stride_t,
+    PARTS: tl.constexpr,
+    BELOW: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    ONE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """ROWS experts of one token, whose scores are the sum of PARTS parts."""
+    begin(OVERLAP)
+    t = tl.program_id(1).to(tl.int64)
+    e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, BLOCK_E)
+    at = parts_ptr + t * stride_t
+    z = tl.load(at + j, mask=j < E, other=-float("inf"))
+    score = tl.load(at + e, mask=e < E, other=-float("inf"))
+    for part in tl.static_range(1, PARTS):
+        z += tl.load(at + part * stride_part + j, mask=j < E, other=0.0)
+        score += tl.load(at + part * stride_part + e, mask=e < E, other=0.0)
+    tau = tl.load(tau_ptr)
+    p = tl.exp(z - tl.max(z, axis=0))
+    total = tl.sum(p, axis=0)
+    ahead = (z[None, :] > score[:, None]) | ((z[None, :] == score[:, None]) & (j[None, :] < e[:, None]))
+    mass = tl.sum(tl.where(ahead, p[None, :], 0.0), axis=1)
+    rank = tl.sum(ahead.to(tl.int32), axis=1)
+    if BELOW:
+        mass += tl.sum(tl.where(j[None, :] == e[:, None], p[None, :], 0.0), axis=1)
+        active = (mass < tau * total) | (rank == 0)
+    else:
+        active = mass < tau * total
+    # As numbers: the interpreter cannot join a block of bools and a single one. A token with a NaN has every expert.
+    broken = (total != total).to(tl.int32)
+    active = (active.to(tl.int32) + (tau >= 1.0).to(tl.int32) + broken > 0) & (e < E)
+    tl.store(mask_ptr + t * E + e, active, mask=e < E)
+    weight = tl.sigmoid(score + gate_offset) if SIGMOID else tl.full((ROWS,), 1.0, tl.float32)
+    tl.store(weights_ptr + t * E + e, tl.where(active, weight, 0.0), mask=e < E)
+    if ONE:
+        # Sums of one shape are monotone in their terms, rounding included: the active experts have ranks 0 to K-1.
+        rank = tl.where(broken != 0, e, rank)
+        tl.store(order_ptr + rank, e, mask=active)
+        tl.atomic_add(count_ptr, tl.sum(active.to(tl.int32), axis=0), sem="relaxed")
+    else:
+        tl.store(used_ptr + e, tl.full((ROWS,), 1, tl.int32), mask=active)  # never 0: tokens share these
+
+
+def _config(experts: int) -> dict[str, int]:
+    """Measured on an H100; see docs/log.md."""
+    if experts <= 256:
+        return {"ROWS": 1, "num_warps": 1}
+    return {"ROWS": 2 if experts <= 1024 else 8, "num_warps": 4}
+
+
+def rank(
+    parts_PTE: Tensor, tau: Tensor, rule: str, gate_offset: float | None, work: Workspace
+) -> tuple[Tensor, Tensor]:
+    """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, 0 where inactive.
+
+    Args:
+        parts_PTE: float32 parts of the scores, to be summed over P.
+        tau: 0-d float32.
+        rule: ``"reach"`` or ``"below"``.
+        gate_offset: gates are ``sigmoid(score + gate_offset)``; None: 1.
+        work: cleared. One token's experts are listed there; of several tokens, which experts are in use.
+    """
+    parts, T, E = parts_PTE.shape
+    mask_TE = torch.empty(T, E, dtype=torch.bool, device=parts_PTE.device)
+    weights_TE = torch.empty(T, E, dtype=torch.float32, device=parts_PTE.device)
+    config = _config(E)
+    _rank[(triton.cdiv(E, config["ROWS"]), T)](
+        parts_PTE,
+        tau,
+        mask_TE.view(torch.uint8),
+        weights_TE,
+        work.order_E,
+        work.used_E,
+        work.count,
+        E,
+        0.0 if gate_offset is None else gate_offset,
+        parts_PTE.stride(0),
+        parts_PTE.stride(1),
+        PARTS=parts,
+        BELOW=rule == "below",
+        SIGMOID=gate_offset is not None,
+        ONE=T == 1,
+        BLOCK_E=triton.next_power_of_2(E),
+        OVERLAP=overlaps(mask_TE),
+        **config,
+        **launch_options(mask_TE),
+    )
+    return mask_TE, weights_TE

@@ -1,0 +1,147 @@
+"""Selection of many tokens: scores -> active experts, one program a token.
+
+A search over the scores' order finds the lowest score of which something is active; ties are then counted off by index.
+
+Shapes: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_prunepath.csrc_triton.jit import begin, launch_options, overlaps
+
+
+@triton.jit
+def _order_key(z):
+    """float32 -> int32 of the same order; -0 and 0 are one key."""
+    bits = (z + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(z == 0, 0, bits)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _select(
+    scores_ptr,
+    tau_ptr,
+    mask_ptr,
+    weights_ptr,
+    used_ptr,
+    E,
+    gate_offset,
+    stride_split,
+    stride_t,
+    SPLITS: tl.constexpr,
+    BELOW: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    USED: tl.constexpr,
+    WAYS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    begin(OVERLAP)
+    t = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK_E)
+    z = tl.load(scores_ptr + t * stride_t + j, mask=j < E, other=-float("inf"))
+    for split in tl.static_range(1, SPLITS):
+        z += tl.load(scores_ptr + split * stride_split + t * stride_t + j, mask=j < E, other=0.0)
+    tau = tl.load(tau_ptr)
+    p = tl.exp(z - tl.max(z, axis=0))
+    total = tl.sum(p, axis=0)
+    key = _order_key(z)
+    hi = tl.max(key, axis=0)
+    lo = tl.min(key, axis=0)
+    while lo < hi:
+        # Every WAYS-th of the range at once, down to single keys.
+        step = tl.maximum(((hi >> 1) - (lo >> 1)) // ((WAYS + 1) // 2), 1)
+        probes = tl.minimum(lo.to(tl.int64) + tl.arange(0, WAYS).to(tl.int64) * step, hi.to(tl.int64) - 1).to(tl.int32)
+        masses = tl.sum(tl.where(key[None, :] > probes[:, None], p[None, :], 0.0), axis=1)
+        enough = masses < tau * total
+        hi = tl.minimum(hi, tl.min(tl.where(enough, probes, 0x7FFFFFFF), axis=0))
+        lo = tl.maximum(lo, tl.max(tl.where(enough, lo, probes + 1), axis=0))
+    ahead = tl.sum(tl.where(key > hi, p, 0.0), axis=0)
+    tied = key == hi
+    before = tl.cumsum(tied.to(tl.int32), axis=0) - tied.to(tl.int32)
+    if BELOW:
+        # The first of the highest ones is active however much mass it has.
+        first = before + tl.sum((key > hi).to(tl.int32), axis=0) == 0
+        fits = (ahead + (before + 1).to(tl.float32) * p < tau * total) | first
+    else:
+        fits = ahead + before.to(tl.float32) * p < tau * total
+    # As numbers: the interpreter cannot join a block of bools and a single one.
+    everything = ((tau >= 1.0) | (total != total)).to(tl.int32)
+    active = ((key > hi) | (tied & fits)).to(tl.int32) + everything > 0
+    tl.store(mask_ptr + t * E + j, active, mask=j < E)
+    if WEIGHTS:
+        weight = tl.sigmoid(z + gate_offset) if SIGMOID else tl.full((BLOCK_E,), 1.0, tl.float32)
+        tl.store(weights_ptr + t * E + j, tl.where(active, weight, 0.0), mask=j < E)
+    if USED:
+        tl.store(used_ptr + j, tl.full((BLOCK_E,), 1, tl.int32), mask=active & (j < E))  # never 0: tokens share these
+
+
+def _config(tokens: int, block: int) -> dict[str, int]:
+    """Many tokens fill the device with one warp each; few are done sooner if each has several."""
+    if tokens > 64:
+        return {"WAYS": 2, "num_warps": 1 if block <= 1024 else 4}
+    return {"WAYS": 8, "num_warps": 8}
+
+
+def _launch(
+    scores_PTE: Tensor,
+    tau: Tensor,
+    rule: str,
+    weights_TE: Tensor | None,
+    gate_offset: float | None,
+    used_E: Tensor | None,
+) -> Tensor:
+    splits, T, E = scores_PTE.shape
+    mask_TE = torch.empty(T, E, dtype=torch.bool, device=scores_PTE.device)
+    block = triton.next_power_of_2(E)
+    if T > 0:
+        _select[(T,)](
+            scores_PTE,
+            tau,
+            mask_TE.view(torch.uint8),
+            weights_TE,
+            used_E,
+            E,
+            0.0 if gate_offset is None else gate_offset,
+            scores_PTE.stride(0),
+            scores_PTE.stride(1),
+            SPLITS=splits,
+            BELOW=rule == "below",
+            WEIGHTS=weights_TE is not None,
+            SIGMOID=gate_offset is not None,
+            USED=used_E is not None,
+            BLOCK_E=block,
+            OVERLAP=overlaps(mask_TE),
+            **_config(T, block),
+            **launch_options(mask_TE),
+        )
+    return mask_TE
+
+
+def select(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
+    """Active experts, bool ``[T, E]``, as :func:`torch_prunepath.select.select_experts`."""
+    return _launch(scores_TE.float().contiguous().unsqueeze(0), tau, rule, None, None, None)
+
+
+def select_weights(
+    scores_PTE: Tensor, tau: Tensor, rule: str, gate_offset: float | None, used_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, 0 where inactive.
+
+    Args:
+        scores_PTE: float32 parts of the scores, summed over P.
+        tau: 0-d float32.
+        rule: ``"reach"`` or ``"below"``.
+        gate_offset: gates are ``sigmoid(score + gate_offset)``; None: 1.
+        used_E: int32 ``[E]``, set to 1 for experts that some token activates, or None.
+    """
+    _, T, E = scores_PTE.shape
+    weights_TE = torch.empty(T, E, dtype=torch.float32, device=scores_PTE.device)
+    return _launch(scores_PTE, tau, rule, weights_TE, gate_offset, used_E), weights_TE

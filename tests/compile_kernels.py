@@ -1,0 +1,92 @@
+"""Compiles every kernel launch of a few calls for a GPU that need not be there: ``python compile_kernels.py cuda:90``.
+
+Triton's driver is replaced by one that only names the target; launches become compilations. Prints a
+JSON object of kernels and numbers of variants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class NamedTarget:
+    """A driver without a device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def target_of(name: str) -> GPUTarget:
+    backend, arch = name.split(":")
+    return GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
+
+
+def calls(ffn):  # type: ignore[no-untyped-def]
+    """Calls that reach every kernel: one, few and many tokens, gated or plain, odd sizes, each dtype."""
+    for tokens, dtype, hidden, width, size, gated, activation, offset, rule in [
+        (1, torch.bfloat16, 3584, 18944, 32, True, "silu", None, "reach"),
+        (1, torch.float32, 50, 101, 12, False, "gelu", 0.5, "below"),
+        (1, torch.float16, 1024, 4096, 8, False, "gelu_tanh", None, "reach"),
+        (4, torch.bfloat16, 1024, 4096, 32, True, "quick_gelu", 0.5, "reach"),
+        (16, torch.float16, 576, 1536, 8, False, "relu2", None, "below"),
+        (5, torch.float32, 50, 101, 12, True, "relu", None, "reach"),
+        (100, torch.bfloat16, 64, 100, 8, True, "silu", 0.5, "reach"),
+    ]:
+        experts = -(-width // size)
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype)
+
+        x, mask = empty(tokens, hidden), torch.ones(tokens, experts, dtype=torch.bool)
+        up, gate = (empty(width, hidden), empty(width)), (empty(width, hidden), empty(width))
+        gate = gate if gated else (None, None)
+        down = empty(width, hidden), empty(hidden)
+        router = empty(experts, hidden), empty(experts)
+        tau = torch.tensor(0.5)
+        ffn.sparse_ffn(x, *router, tau, rule, offset, *up, *gate, *down, activation, size)
+        ffn.expert_up(x, mask, *up, *gate, activation, size)
+        ffn.expert_down(empty(tokens, width), mask, None, *down, size)
+
+
+def compile_all(target: GPUTarget) -> dict[str, int]:
+    """Kernels by name, and how many variants of each were compiled."""
+    from torch_prunepath.csrc_triton import down, ffn, order, rank, router, select, up
+
+    variants: dict[str, set[str]] = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):  # type: ignore[no-untyped-def]
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        variants.setdefault(self.__name__, set()).add(kernel.hash)
+
+    triton.runtime.driver.set_active(NamedTarget(target))
+    overlap = target.backend == "cuda" and target.arch >= 90
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        for module in (down, order, rank, router, select, up):
+            stack.enter_context(mock.patch.object(module, "overlaps", lambda tensor: overlap))
+            options = {"launch_pdl": True} if overlap else {}
+            stack.enter_context(mock.patch.object(module, "launch_options", lambda tensor, o=options: o))
+        calls(ffn)
+    return {name: len(hashes) for name, hashes in variants.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(target_of(sys.argv[1]))))

@@ -1,0 +1,106 @@
+"""Whole models for ``prunepath bench decode``: dense first, then the same one made sparse in place.
+
+Shapes: D hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_prunepath.bench.geometry import Geometry, resolve
+from torch_prunepath.bench.layers import SCORE_SPREAD
+from torch_prunepath.bench.options import DecodeOptions
+from torch_prunepath.bench.sources import is_sparse_checkpoint, load_folder
+from torch_prunepath.config import SparsifyConfig
+from torch_prunepath.data import evaluating
+from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.layer import Routing
+from torch_prunepath.models import longest_context
+from torch_prunepath.sparsify import densify, sparsify
+from torch_prunepath.sparsity import register_routing_hook, set_tau, sparse_layers
+
+SCALING_TOKENS = 64
+"""Random tokens on which the spread of routers' scores is measured."""
+
+
+def build_dense(name: str, options: DecodeOptions) -> tuple[Any, str]:
+    """The dense model on its device, and where its weights come from.
+
+    Raises:
+        UserError: if it cannot be had.
+    """
+    found = resolve(name)
+    if isinstance(found, Geometry):
+        return _random(found, options), "random weights as transformers initialises them; random routers, scaled"
+    if options.layers is not None:
+        raise UserError(f"--layers shortens geometries, not models in folders ({found}): leave it out")
+    model = load_folder(found, options.torch_dtype, options.torch_device)
+    if is_sparse_checkpoint(found):
+        return densify(model), "the model's own weights and routers; random prompts"
+    return model, "the model's own weights; random routers, scaled; random prompts"
+
+
+def make_sparse(name: str, model: Any, options: DecodeOptions) -> Any:
+    """The sparse model, tau = 1: the dense one converted in place, or loaded anew if it was saved sparse.
+
+    Raises:
+        UserError: if it has no FFN that can be made sparse.
+    """
+    found = resolve(name)
+    if isinstance(found, Path) and is_sparse_checkpoint(found):
+        model.to("meta")  # frees the dense one's memory
+        model = load_folder(found, options.torch_dtype, options.torch_device)
+        set_tau(model, 1.0)
+        return model
+    config = SparsifyConfig(
+        expert_size=options.expert_size,
+        partition="contiguous",
+        router="zero",
+        gate=options.gate,  # type: ignore[arg-type]
+        budget="uniform",
+    )
+    with as_user_error(ValueError):
+        sparsify(model, tau=1.0, config=config, progress=False)
+    _randomise_routers(model, options.seed)
+    return model
+
+
+def random_ids(model: Any, batch: int, tokens: int, seed: int) -> Tensor:
+    """Random token ids ``[batch, tokens]`` on the model's device."""
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(size, (batch, tokens), generator=torch.Generator().manual_seed(seed)).to(model.device)
+
+
+def _random(geometry: Geometry, options: DecodeOptions) -> Any:
+    """Built on the device and in the dtype that it will have, so that there is never a second copy."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(options.seed)
+    with torch.device(options.torch_device):
+        model = AutoModelForCausalLM.from_config(
+            geometry.config(options.layers), dtype=options.torch_dtype, attn_implementation="sdpa"
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def _randomise_routers(model: Any, seed: int) -> None:
+    """Random router weights, each layer's scaled so that a token's scores spread by ``SCORE_SPREAD``."""
+    layers = sparse_layers(model)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for layer in layers.values():
+        layer.router.weight.normal_(0.0, 1 / math.sqrt(layer.ffn.hidden_size), generator=generator)
+    spreads: dict[str, Tensor] = {}
+
+    def measure(routing: Routing) -> None:
+        spreads[routing.name] = routing.scores_TE.std(-1).mean()
+
+    with evaluating(model), register_routing_hook(model, measure):
+        model(input_ids=random_ids(model, 1, min(SCALING_TOKENS, longest_context(model)), seed), use_cache=False)
+    for layer in layers.values():
+        layer.router.weight.mul_((SCORE_SPREAD / spreads[layer.name]).to(layer.router.weight.dtype))

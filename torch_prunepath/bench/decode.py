@@ -1,0 +1,229 @@
+"""``prunepath bench decode``: a whole model, dense as fast as ``torch.compile`` makes it, then sparse.
+
+The dense model is measured first and then converted in place: there is no room for two large ones.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import InvalidBackend
+
+from torch_prunepath.bench import results as record
+from torch_prunepath.bench.build import build_dense, make_sparse, random_ids
+from torch_prunepath.bench.decoder import Decoder, Prefill, Work, logits_of
+from torch_prunepath.bench.gate import relative_rms
+from torch_prunepath.bench.layers import Usage
+from torch_prunepath.bench.options import DecodeOptions
+from torch_prunepath.bench.requests import Requests, paired
+from torch_prunepath.bench.sides import CHECKED_CALLS, Measured, check_steps, describe, ready_steps, time_steps
+from torch_prunepath.bench.timing import copy_bandwidth
+from torch_prunepath.bench.wholes import reach, rounding_noise, traffic, weight_bytes
+from torch_prunepath.errors import as_user_error
+from torch_prunepath.models import longest_context
+from torch_prunepath.sparsity import set_tau, sparse_layers
+
+SEARCHED_CALLS = 4
+"""Decoding steps on which tau is searched; prompts are read once."""
+
+BOUNDS: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2})
+"""Largest relative RMS error of logits between two ways to compute one model."""
+
+LARGEST_BOUND = 0.5
+"""Where some roundings of the FFNs' inputs move sparse logits by more than ``BOUNDS``, that much is allowed, but never
+more than this: zeros are 1 away, unrelated logits 1.4."""
+
+Maker = Callable[[Any], Work]
+"""Makes something to time from a model, dense or sparse."""
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """What is kept of the dense model: by work, times and logits ``[R, V]``; bytes of its weights; requests."""
+
+    measured: list[Measured]
+    logits: list[Tensor]
+    weight_bytes: int
+    requests: list[dict[str, Any]]
+
+
+def run(options: DecodeOptions) -> dict[str, Any]:
+    """Check, time, and return what was measured, ready for JSON.
+
+    Raises:
+        UserError: if something that was asked for cannot be had; ``WrongResult`` if logits are wrong.
+    """
+    with as_user_error(InvalidBackend):
+        torch._dynamo.lookup_backend(options.backend)
+    bandwidth = copy_bandwidth(options.torch_device)
+    results = record.begin("decode", options, bandwidth)
+    results |= {"backend": options.backend, "context": options.context, "new_tokens": options.new_tokens}
+    results |= {"prompts": [], "skipped": []}
+    # Each batch size and prompt length is a graph of its own.
+    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
+        for name in options.geometries:
+            _geometry(name, options, bandwidth, results)
+    return record.finish(results, options.output)
+
+
+def _geometry(name: str, options: DecodeOptions, bandwidth: float, results: dict[str, Any]) -> None:
+    model, weights = build_dense(name, options)
+    config = model.config.get_text_config()
+    results["geometries"][name] = {"weights": weights, "layers": config.num_hidden_layers}
+    makers, skipped = _makers(model, options)
+    results["skipped"] += [f"{name}: {reason}" for reason in skipped]
+    dense = _measure_dense(name, model, makers, options)
+    release(options.torch_device)
+    model = make_sparse(name, model, options)
+    rows, requests = _measure_sparse(name, model, makers, dense, options, bandwidth)
+    results["rows"] += rows
+    results["prompts"] += requests
+    del model
+    release(options.torch_device)
+
+
+def release(device: torch.device) -> None:
+    """Forget compiled code and free what nothing refers to any more."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _makers(model: Any, options: DecodeOptions) -> tuple[list[Maker], list[str]]:
+    """What to time, each made from a model when its turn comes; and what the model's context rules out."""
+    longest, total = longest_context(model), options.context + options.new_tokens
+    makers: list[Maker] = []
+    skipped = []
+
+    def decoder(batch: int) -> Maker:
+        return lambda model: Decoder(model, random_ids(model, batch, total + 1, options.seed), options.new_tokens)
+
+    def prefill(tokens: int) -> Maker:
+        return lambda model: Prefill(model, random_ids(model, 1, tokens, options.seed))
+
+    for batch in options.batches:
+        if total <= longest:
+            makers.append(decoder(batch))
+        else:
+            skipped.append(f"batch {batch}: {total} tokens are more than the context of {longest}")
+    for tokens in options.prompts:
+        if tokens <= longest:
+            makers.append(prefill(tokens))
+        else:
+            skipped.append(f"prompt of {tokens} tokens: more than the context of {longest}")
+    if options.requests and not _has_requests(model, options):
+        skipped.append(f"prompts one by one: {total} tokens are more than the context of {longest}")
+    return makers, skipped
+
+
+def _has_requests(model: Any, options: DecodeOptions) -> bool:
+    return options.requests > 0 and options.context + options.new_tokens <= longest_context(model)
+
+
+# --- one side after the other -----------------------------------------------------------------------------------------
+
+
+def _measure_dense(name: str, model: Any, makers: Sequence[Maker], options: DecodeOptions) -> _Dense:
+    measured, logits = [], []
+    for make in makers:
+        work = make(model)
+        what = f"dense {name}, {describe(work)}"
+        expected_RV = logits_of(work, work.step, CHECKED_CALLS)
+        steps = ready_steps(work, options.dense_modes, "inductor", what)
+        check_steps(work, steps, expected_RV, BOUNDS[options.torch_dtype], what)
+        measured.append(time_steps(work, steps, options))
+        logits.append(expected_RV.cpu())
+    mode = measured[0].best if measured else options.dense_modes[0]
+    requests = Requests(name, model, options, mode, "inductor").measure() if _has_requests(model, options) else []
+    return _Dense(measured, logits, weight_bytes(model), requests)
+
+
+def _measure_sparse(
+    name: str, model: Any, makers: Sequence[Maker], dense: _Dense, options: DecodeOptions, bandwidth: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    for make, measured, logits_RV in zip(makers, dense.measured, dense.logits, strict=True):
+        set_tau(model, 1.0)
+        work = make(model)
+        what = f"sparse {name}, {describe(work)}"
+        steps = ready_steps(work, options.all_sparse_modes, options.backend, what)
+        for sparsity in sorted({0.0, *options.sparsities}):
+            used = reach(model, work, sparsity, SEARCHED_CALLS)
+            checked = _gate(model, work, steps, logits_RV.to(options.torch_device), sparsity, what, options)
+            found = time_steps(work, steps, options)
+            about = traffic(model, work, used, dense.weight_bytes, bandwidth)
+            row = _row(name, model, work, sparsity, Usage.mean(list(used.values())), options)
+            row |= about.row(measured.timing.median_us, found.timing.median_us)
+            rows.append(record.clean(row | _details(work, measured, found) | checked))
+    mode = rows[0]["sparse_mode"] if rows else options.all_sparse_modes[0]
+    return rows, _sparse_requests(name, model, dense.requests, mode, options)
+
+
+def _gate(
+    model: Any, work: Work, steps: Any, dense_RV: Tensor, sparsity: float, what: str, options: DecodeOptions
+) -> dict[str, float]:
+    """Compare the steps with the dense model where that is what they should compute, with eager sparse calls elsewhere.
+
+    ``dense_distance`` tells how far the dense model's logits are from the right ones, on the same scale.
+    """
+    bound = BOUNDS[options.torch_dtype]
+    expected_RV = dense_RV
+    gates = {layer.experts.gate for layer in sparse_layers(model).values()}
+    if sparsity > 0.0 or gates != {"one"}:
+        expected_RV = logits_of(work, work.step, CHECKED_CALLS)
+        noise = rounding_noise(model, work, expected_RV, CHECKED_CALLS, options.seed)
+        bound = min(max(bound, noise), LARGEST_BOUND)
+    error = check_steps(work, steps, expected_RV, bound, f"{what} at sparsity {sparsity:g}")
+    return {"gate_error": error, "gate_bound": bound, "dense_distance": relative_rms(dense_RV, expected_RV)}
+
+
+def _sparse_requests(
+    name: str, model: Any, dense: list[dict[str, Any]], mode: str, options: DecodeOptions
+) -> list[dict[str, Any]]:
+    if not dense:
+        return []
+    requests, pairs = Requests(name, model, options, mode, options.backend), []
+    for sparsity in options.sparsities:
+        used = reach(model, requests.decoder, sparsity, SEARCHED_CALLS)
+        pairs += paired(dense, requests.measure(), sparsity, Usage.mean(list(used.values())).sparsity)
+    return pairs
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _row(name: str, model: Any, work: Work, sparsity: float, used: Usage, options: DecodeOptions) -> dict[str, Any]:
+    experts = next(iter(sparse_layers(model).values())).experts
+    return {
+        "geometry": name,
+        "phase": work.phase,
+        "device": options.device,
+        "dtype": options.dtype,
+        "batch": work.batch,
+        "tokens": work.tokens,
+        "expert_size": experts.expert_size,
+        "gate": experts.gate,
+        "sparsity": sparsity,
+        "realised_sparsity": used.sparsity,
+        "union_share": used.union,
+    }
+
+
+def _details(work: Work, dense: Measured, sparse: Measured) -> dict[str, Any]:
+    row: dict[str, Any] = {**sparse.peak.row(), "dense_peak_bytes": dense.peak.bytes}
+    for side, measured in (("dense", dense), ("sparse", sparse)):
+        row[f"{side}_mode"] = measured.best
+        row[f"{side}_modes_us"] = {mode: timing.median_us for mode, timing in measured.times.items()}
+        row[f"{side}_min_us"] = measured.timing.min_us
+        row[f"{side}_iqr_us"] = measured.timing.iqr_us
+        row[f"{side}_rounds"] = measured.timing.rounds
+        row[f"{side}_tokens_per_s"] = work.batch * work.tokens / measured.timing.median_us * 1e6
+    return row

@@ -1,0 +1,244 @@
+"""What ``prunepath bench ffn`` times for one name: layers, and the inputs that they receive.
+
+Shapes: N tokens to draw from, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torch_prunepath.bench.geometry import Geometry, resolve
+from torch_prunepath.bench.layers import SCORE_SPREAD, Layer, random_layer
+from torch_prunepath.bench.options import FFNOptions
+from torch_prunepath.bench.timing import cache_bytes, free_bytes
+from torch_prunepath.checkpoint import load
+from torch_prunepath.config import num_experts
+from torch_prunepath.corpus import load_corpus, windows
+from torch_prunepath.data import evaluating
+from torch_prunepath.discover import find_ffns
+from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.manifest import METHOD
+from torch_prunepath.models import longest_context
+from torch_prunepath.sparsify import sparse_views
+
+CACHES = 4
+"""What one pass over the layers reads exceeds the last cache this many times, also at the highest sparsity."""
+
+MEMORY_SHARE = 0.4
+"""Of the free memory, at most, for the layers of one geometry."""
+
+CPU_BYTES = 4 << 30
+"""On CPU, at most, for the layers of one geometry."""
+
+WINDOW = 256
+"""Tokens of text that a model reads at once to yield its layers' inputs."""
+
+RANDOM_WEIGHTS = (
+    "random weights N(0, 1/fan-in), random inputs N(0, 1), random routers whose scores have a standard "
+    f"deviation of {SCORE_SPREAD:g}"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Layers in the order in which a timed pass calls them, and each one's inputs ``[N, D]``.
+
+    Attributes:
+        weights: where weights, inputs and routers come from, for people.
+        routers: ``"random"`` or ``"own"``.
+    """
+
+    name: str
+    weights: str
+    routers: str
+    layers: list[Layer]
+    pools: list[Tensor]
+
+    def inputs(self, tokens: int) -> list[Tensor]:
+        """``[T, D]`` for each layer: tokens spread over what there is."""
+        # From the middle of equal parts: the first token of a text is unlike all others.
+        available = len(self.pools[0])
+        picks = [(2 * i + 1) * available // (2 * tokens) for i in range(tokens)]
+        return [pool[picks].contiguous() for pool in self.pools]
+
+
+def open_source(name: str, options: FFNOptions) -> Source:
+    """Make or load what ``name`` stands for.
+
+    Raises:
+        UserError: if it is no geometry and no folder of a model, or has no FFN to time.
+    """
+    found = resolve(name)
+    return _random(found, options) if isinstance(found, Geometry) else _own(found, options)
+
+
+def layers_wanted(layer: Layer, options: FFNOptions) -> int:
+    """Layers for a pass past the caches, as memory permits; at least 2, but for an option that says otherwise."""
+    if options.layers is not None:
+        return options.layers
+    device = options.torch_device
+    active = (1 - max(options.sparsities)) * layer.neuron_bytes + layer.router_bytes
+    held = layer.neuron_bytes + layer.down_DF.nbytes + layer.router_bytes
+    room = MEMORY_SHARE * free_bytes(device)
+    if device.type == "cpu":
+        room = min(room, CPU_BYTES)
+    return max(2, min(math.ceil(CACHES * cache_bytes(device) / active), int(room / held)))
+
+
+# --- random -----------------------------------------------------------------------------------------------------------
+
+
+def _random(geometry: Geometry, options: FFNOptions) -> Source:
+    device, dtype = options.torch_device, options.torch_dtype
+
+    def layer(index: int) -> Layer:
+        return random_layer(geometry, dtype, device, options.expert_size, options.gate, options.seed + index)
+
+    first = layer(0)
+    count = layers_wanted(first, options)
+    rest = tqdm(range(1, count), desc=f"{geometry.name}: random layers", unit="layer", disable=None, leave=False)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    pool_ND = torch.randn(max(options.tokens), geometry.hidden_size, device=device, generator=generator).to(dtype)
+    return Source(geometry.name, RANDOM_WEIGHTS, "random", [first, *map(layer, rest)], [pool_ND] * count)
+
+
+# --- a model's own ----------------------------------------------------------------------------------------------------
+
+
+def is_sparse_checkpoint(folder: Path) -> bool:
+    """Whether the folder's configuration says that ``sparsify`` made the model."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}): save the model again") from error
+    return (config.get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model in a folder, dense or sparse, in evaluation mode on the device.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    sparse = is_sparse_checkpoint(folder)
+    with as_user_error(ValueError, OSError):
+        model: Any = load(folder, dtype=dtype) if sparse else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval()
+
+
+def _own(folder: Path, options: FFNOptions) -> Source:
+    model = load_folder(folder, options.torch_dtype, options.torch_device)
+    sparse = is_sparse_checkpoint(folder)
+    with as_user_error(ValueError):
+        views = list(sparse_views(model).values()) if sparse else [FFNView(model, spec) for spec in find_ffns(model)]
+    shape = views[0].spec.hidden_size, views[0].spec.ffn_size
+    views = [view for view in views if (view.spec.hidden_size, view.spec.ffn_size) == shape]
+    ids, text = _token_ids(folder, model, max(options.tokens))
+    count = min(len(views), layers_wanted(_layer(views[0], options), options))
+    views = [views[i] for i in torch.linspace(0, len(views) - 1, count).round().long().tolist()]
+    pools = _receive(model, views, ids)
+    layers = [_layer(view, options) for view in views]
+    if not sparse:
+        layers = [_spread(layer, pool) for layer, pool in zip(layers, pools, strict=True)]
+    what = "its own routers" if sparse else f"random routers scaled to scores of standard deviation {SCORE_SPREAD:g}"
+    weights = f"the model's own weights, layers' inputs on {text}, {what}"
+    return Source(str(folder), weights, "own" if sparse else "random", layers, pools)
+
+
+def _token_ids(folder: Path, model: Any, tokens: int) -> tuple[Tensor, str]:
+    """Windows ``[B, C]`` of at least ``tokens`` ids in all, and what they are."""
+    length = min(WINDOW, longest_context(model))
+    rows = -(-max(tokens, WINDOW) // length)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        size = model.config.get_text_config().vocab_size
+        ids_BC = torch.randint(size, (rows, length), generator=torch.Generator().manual_seed(0))
+        return ids_BC, "random token ids (the folder has no tokenizer)"
+    from transformers import AutoTokenizer
+
+    with as_user_error(ValueError, OSError):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    corpus = load_corpus()
+    ids_BC = windows(corpus.held_out, tokenizer, context=length, count=rows, part="held-out text")
+    if ids_BC.numel() < tokens:
+        raise UserError(f"{corpus.name} has {ids_BC.numel()} held-out tokens, not {tokens}: ask for smaller batches")
+    return ids_BC, corpus.name
+
+
+def _receive(model: Any, views: list[FFNView], ids_BC: Tensor) -> list[Tensor]:
+    """What each FFN receives while the model reads the windows, ``[N, D]``."""
+    received: dict[str, list[Tensor]] = {view.site: [] for view in views}
+
+    def watch(site: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            received[site].append(x.reshape(-1, x.shape[-1]).clone())
+
+        return hook
+
+    handles = [
+        model.get_submodule(view.site).register_forward_pre_hook(watch(view.site), with_kwargs=True) for view in views
+    ]
+    try:
+        with evaluating(model):
+            for ids_C in ids_BC.to(model.device):
+                model(input_ids=ids_C[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(received[view.site]) for view in views]
+
+
+@torch.no_grad()
+def _layer(view: FFNView, options: FFNOptions) -> Layer:
+    """A model's FFN; with its own router if it is sparse, else with a random one of unit-variance weights."""
+    site = view.up if view.spec.split else view.owner
+    up_FD, gate_FD, down_FD = view.up_FD, view.gate_FD, view.down_FD.contiguous()
+    device, dtype = up_FD.device, up_FD.dtype
+    size, rule, offset = options.expert_size, "reach", None if options.gate == "one" else 0.0
+    if isinstance(site, RoutedExperts):
+        experts = site.experts
+        size, rule, offset = experts.expert_size, experts.rule, None if experts.gate == "one" else experts.gate_offset
+        router_ED, router_bias_E = site.router.weight, site.router.bias
+    else:
+        generator = torch.Generator(device).manual_seed(options.seed)
+        shape = num_experts(view.spec.ffn_size, size), view.spec.hidden_size
+        router_ED = torch.randn(shape, generator=generator, device=device).to(dtype)
+        router_bias_E = None
+    return Layer(
+        up_FD=up_FD.detach().contiguous(),
+        up_bias_F=_detached(view.up_bias_F),
+        gate_FD=None if gate_FD is None else gate_FD.detach().contiguous(),
+        gate_bias_F=_detached(view.gate_bias_F),
+        down_FD=down_FD.detach(),
+        down_bias_D=_detached(view.down_bias_D),
+        down_DF=down_FD.detach().t().contiguous(),
+        router_ED=router_ED.detach(),
+        router_bias_E=_detached(router_bias_E),
+        tau=torch.ones((), device=device),
+        rule=rule,
+        gate_offset=offset,
+        activation=view.spec.activation,
+        expert_size=size,
+    )
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _spread(layer: Layer, x_ND: Tensor) -> Layer:
+    """The layer with its random router scaled: scores spread by ``SCORE_SPREAD`` over the experts of a token."""
+    spread = (x_ND.float() @ layer.router_ED.float().t()).std(-1).mean()
+    return replace(layer, router_ED=layer.router_ED * (SCORE_SPREAD / spread).to(layer.router_ED.dtype))

@@ -1,0 +1,208 @@
+"""Clocks: CUDA graphs timed with events, CPU calls timed by turns; copy bandwidth, cache size, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+FEWEST_ROUNDS = 5
+MOST_ROUNDS = 500
+CPU_COPY_BYTES = 256 << 20
+CUDA_COPY_BYTES = 1 << 30
+COVER_BYTES = 512 << 20
+"""Summed before each timed CUDA call: the host queues the call while the device is busy with this. It also clears the
+cache, and as it writes nothing, it leaves no writing back to whatever comes next."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call: median, minimum and inter-quartile range over the rounds."""
+
+    median_us: float
+    min_us: float
+    iqr_us: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples_us: Sequence[float], calls: int) -> Timing:
+        """From the times of rounds of ``calls`` calls each."""
+        each = sorted(sample / calls for sample in samples_us)
+        low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
+        return cls(statistics.median(each), each[0], high - low, len(each))
+
+
+def timed(
+    runs: Mapping[str, Call],
+    device: torch.device,
+    *,
+    calls: int,
+    seconds: float,
+    before: Call | None = None,
+) -> dict[str, Timing]:
+    """Time several things by turns, so that a drifting clock rate meets all of them alike.
+
+    Args:
+        runs: what to time, by name; each makes ``calls`` calls. On CUDA they should be graph replays.
+        device: where they run.
+        calls: calls a run makes.
+        seconds: about how long to go on, a thing; at least ``FEWEST_ROUNDS`` rounds whatever it takes.
+        before: done ahead of every run, untimed.
+    """
+    clock = _cuda_rounds if device.type == "cuda" else _cpu_rounds
+    with torch.no_grad():
+        once = sum(sum(samples) for samples in clock(runs, 2, before).values()) / 2 / 1e6
+        rounds = int(seconds * len(runs) / max(once, 1e-6))
+        samples = clock(runs, min(MOST_ROUNDS, max(FEWEST_ROUNDS, rounds)), before)
+    return {name: Timing.of(values, calls) for name, values in samples.items()}
+
+
+def _cpu_rounds(runs: Mapping[str, Call], rounds: int, before: Call | None) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if before is not None:
+                before()
+            start = time.perf_counter()
+            run()
+            samples[name].append((time.perf_counter() - start) * 1e6)
+    return samples
+
+
+def _cuda_rounds(runs: Mapping[str, Call], rounds: int, before: Call | None) -> dict[str, list[float]]:
+    cover = torch.zeros(COVER_BYTES // 4, device="cuda")
+    total = torch.zeros((), device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+    torch.cuda.synchronize()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if before is not None:
+                before()
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.sum(cover, dim=0, out=total)
+            start.record()
+            run()
+            stop.record()
+            events[name].append((start, stop))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(stop) * 1e3 for start, stop in pairs] for name, pairs in events.items()}
+
+
+class Captured:
+    """A call recorded as a CUDA graph. Calling it replays the graph and returns the recorded call's own output.
+
+    Args:
+        call: works on tensors that stay where they are; called four times, the last time under capture.
+        before: done ahead of every one of these calls, outside the graph.
+    """
+
+    def __init__(self, call: Call, before: Call | None = None) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                if before is not None:
+                    before()
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        if before is not None:
+            before()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = call()
+
+    def __call__(self) -> Any:
+        """Replay."""
+        self._graph.replay()
+        return self._output
+
+
+def ready(call: Call, device: torch.device) -> Call:
+    """The call as it is timed: a CUDA graph on CUDA, itself on CPU."""
+    return Captured(call) if device.type == "cuda" else call
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy, the median of several."""
+    size = CUDA_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    timing = timed({"copy": lambda: target.copy_(source)}, device, calls=1, seconds=0.3)["copy"]
+    return 2 * size / timing.median_us * 1e6
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory: L2 on CUDA, the largest that the system names on CPU (or 32 MiB)."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 4 << 30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak:
+    """Peak memory of a block, and how much more that is than at its start; see :func:`peak_memory`.
+
+    Both are None until the block has ended, and where the system does not tell.
+    """
+
+    bytes: int | None = None
+    growth: int | None = None
+
+    def row(self) -> dict[str, int | None]:
+        """What a table's row says."""
+        return {"peak_bytes": self.bytes, "peak_growth_bytes": self.growth}
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Peak memory of a block, weights and all else from before it included.
+
+    On CUDA, the most that tensors held; on CPU, the process's largest resident memory, which only Linux tells.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        yield peak
+        torch.cuda.synchronize()
+        peak.bytes = torch.cuda.max_memory_allocated()
+        peak.growth = peak.bytes - start
+        return
+    resident = _restart_high_water()
+    yield peak
+    if resident is not None:
+        peak.bytes = _status_bytes("VmHWM")
+        peak.growth = max(0, peak.bytes - resident)
+
+
+def _restart_high_water() -> int | None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_bytes("VmRSS")
+    except OSError:
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,113 @@
+"""What a whole model's call reads from memory, what its routers choose, and how much rounding changes its logits.
+
+Shapes: T tokens, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_prunepath.bench.decoder import Work, logits_of
+from torch_prunepath.bench.floor import Traffic
+from torch_prunepath.bench.gate import relative_rms
+from torch_prunepath.bench.layers import Usage
+from torch_prunepath.calibrate import removing
+from torch_prunepath.layer import Routing
+from torch_prunepath.sparsify import sparse_views
+from torch_prunepath.sparsity import register_routing_hook, set_tau, sparse_layers
+
+SEARCH_STEPS = 14
+NOISE_ROUNDINGS = 8.0
+"""Roundings (half an epsilon each) by which FFN inputs are moved to see what rounding does to logits."""
+
+NOISE_DRAWS = 8
+NOISE_MARGIN = 1.5
+
+LOGITS = (-12.0, 16.0)
+"""Of tau, between which it is searched. At the upper end float32 still tells tau from 1."""
+
+TOLERANCE = 0.002
+"""Of the realised sparsity: the search for tau ends there."""
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that a call reads in full: an embedding counts only if it is the output's weight as well."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    skipped = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and (output is None or module.weight is not output.weight)
+    }
+    return sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in skipped)
+
+
+def traffic(model: nn.Module, work: Work, used: dict[str, Usage], dense_bytes: int, bandwidth: float) -> Traffic:
+    """Bytes of one call of a sparse model and of the dense one it was, of ``dense_bytes`` of weights."""
+    unread = routers = 0.0
+    layers = sparse_layers(model)
+    for name, view in sparse_views(model).items():
+        parts = (view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F, view.down_FD)
+        unread += (1.0 - used[layers[name].name].union) * sum(part.nbytes for part in parts if part is not None)
+        routers += sum(parameter.nbytes for parameter in layers[name].router.parameters())
+    whole = dense_bytes + work.cache_bytes
+    return Traffic(whole, whole - unread + routers, bandwidth)
+
+
+def usage(model: nn.Module, work: Work, calls: int) -> dict[str, Usage]:
+    """What each layer's router chooses in the first calls, averaged over them, by the layer's own name."""
+    seen: dict[str, list[Usage]] = {}
+    shapes = {layer.name: (layer.experts.expert_size, layer.ffn.ffn_size) for layer in sparse_layers(model).values()}
+
+    def watch(routing: Routing) -> None:
+        seen.setdefault(routing.name, []).append(Usage.of(routing.mask_TE, *shapes[routing.name]))
+
+    with register_routing_hook(model, watch):
+        logits_of(work, work.step, calls)
+    return {name: Usage.mean(usages) for name, usages in seen.items()}
+
+
+def reach(model: nn.Module, work: Work, sparsity: float, calls: int) -> dict[str, Usage]:
+    """Set a tau whose realised sparsity in the very calls that will be timed is the one asked for; return their usage.
+
+    The search ends within ``TOLERANCE``, or after ``SEARCH_STEPS`` steps where experts are too large for that.
+    """
+    if sparsity == 0.0:
+        set_tau(model, 1.0)
+        return usage(model, work, calls)
+    # (logit of tau, sparsity there); each step costs a few eager calls, so the next guess is interpolated.
+    low, high = (LOGITS[0], 1.0), (LOGITS[1], 0.0)
+    for _ in range(SEARCH_STEPS):
+        share = min(max((low[1] - sparsity) / (low[1] - high[1]), 0.15), 0.85)
+        guess = low[0] + share * (high[0] - low[0])
+        set_tau(model, 1 / (1 + math.exp(-guess)))
+        used = usage(model, work, calls)
+        found = Usage.mean(list(used.values())).sparsity
+        if abs(found - sparsity) <= TOLERANCE:
+            break
+        low, high = ((guess, found), high) if found > sparsity else (low, (guess, found))
+    return used
+
+
+def rounding_noise(model: nn.Module, work: Work, expected_RV: Tensor, calls: int, seed: int) -> float:
+    """How far logits move if every sparse FFN's input is off by some roundings: relative RMS error of the worst row.
+
+    Two right implementations differ by roundings, and an expert near tau may then be active in one of them only. Such
+    experts are few, so the largest of ``NOISE_DRAWS`` random errors is returned, times ``NOISE_MARGIN``.
+    """
+    generator = torch.Generator(expected_RV.device).manual_seed(seed)
+
+    def perturb(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *rest = args
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+        return ((x * (1 + NOISE_ROUNDINGS * torch.finfo(x.dtype).eps / 2 * noise)).to(x.dtype), *rest)
+
+    with contextlib.ExitStack() as stack:
+        for layer in sparse_layers(model).values():
+            stack.enter_context(removing(layer.register_forward_pre_hook(perturb)))
+        draws = [relative_rms(logits_of(work, work.step, calls), expected_RV) for _ in range(NOISE_DRAWS)]
+    return NOISE_MARGIN * max(draws)

@@ -1,0 +1,1 @@
+"""``torch.compile(model, backend="prunepath")``: torch finds it by name, through an entry point."""

@@ -1,0 +1,180 @@
+"""What the ``prunepath`` backend does to a graph before Inductor lowers it: an ordered list of passes.
+
+A pass takes a functional graph of aten operators, whose nodes carry fake tensors in ``meta["val"]``, edits it in place,
+and returns how many places it changed. Every pass is right by itself, so each can be switched off by name.
+
+Shapes: T tokens, D hidden size, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from torch_prunepath import ops
+from torch_prunepath.compile.graph import (
+    Operator,
+    arguments,
+    aten,
+    behind_reshapes,
+    calls,
+    calls_to,
+    erase,
+    overload,
+    replace_call,
+    same_shape,
+    same_tensor,
+    skip_reshapes,
+    used_only_by,
+)
+from torch_prunepath.compile.inline import inline
+from torch_prunepath.fused import sparse_ffn
+
+KERNEL_TOKENS = 64
+"""The kernels of sparse layers gain nothing on more tokens; there Inductor is given plain operators to fuse."""
+
+Pass = Callable[[fx.Graph, bool], int]
+"""``(graph, training) -> places changed``; ``training``: whether gradients will be taken through the graph."""
+
+log = logging.getLogger(__name__)
+
+
+def run_passes(graph: fx.Graph, names: Iterable[str], training: bool) -> None:
+    """Apply the passes of these names to ``graph``, in place."""
+    for name in names:
+        changes = PASSES[name](graph, training)
+        log.debug("pass %s changed %d places", name, changes)
+    graph.lint()
+
+
+# --- fuse_relu --------------------------------------------------------------------------------------------------------
+
+
+def fuse_relu(graph: fx.Graph, training: bool) -> int:
+    """Where a model itself calls relu between the halves of its FFN, ``expert_up`` takes it in."""
+    return sum(_fuse_relu(graph, down) for down in calls_to(graph, ops.expert_down))
+
+
+def _fuse_relu(graph: fx.Graph, down: fx.Node) -> bool:
+    between: set[fx.Node] = set()
+    h = arguments(down)["h_TF"]
+    relu = skip_reshapes(h, between)
+    if not isinstance(relu, fx.Node) or not calls(relu, aten.relu.default):
+        return False
+    between.add(relu)
+    up = skip_reshapes(relu.args[0], between)
+    if not isinstance(up, fx.Node) or not calls(up, overload(ops.expert_up)):
+        return False
+    if not same_shape(up, h) or not used_only_by([up, *between], down):
+        return False
+    named = arguments(up)
+    if named["activation"] != "none":
+        return False
+    fused = replace_call(graph, up, ops.expert_up, tuple((named | {"activation": "relu"}).values()))
+    down.replace_input_with(h, fused)
+    erase(graph, between)
+    return True
+
+
+# --- inline_dense -----------------------------------------------------------------------------------------------------
+
+
+def inline_dense(graph: fx.Graph, training: bool) -> int:
+    """Where all neurons are computed anyway, show Inductor the masking, activation and gating, so that it fuses them.
+
+    That is in backward graphs, and in forward graphs of more than ``KERNEL_TOKENS`` tokens. If their number is not
+    known when the graph is compiled, then in graphs for training.
+    """
+    changes = 0
+    for op in (ops.expert_up, ops.expert_down, ops.expert_up_backward, ops.expert_down_backward):
+        backward = op in (ops.expert_up_backward, ops.expert_down_backward)
+        for node in calls_to(graph, op):
+            if backward or _many_tokens(node, training):
+                inline(graph, node, op)
+                changes += 1
+    return changes
+
+
+def _many_tokens(node: fx.Node, training: bool) -> bool:
+    T = node.meta["val"].shape[0]
+    if isinstance(T, int):
+        return T > KERNEL_TOKENS
+    return training or statically_known_true(T > KERNEL_TOKENS)
+
+
+# --- fuse_ffn ---------------------------------------------------------------------------------------------------------
+
+
+def fuse_ffn(graph: fx.Graph, training: bool) -> int:
+    """A router, its selection and the two halves of an FFN become one ``sparse_ffn``, if nothing else reads between."""
+    return sum(_fuse_ffn(graph, down) for down in calls_to(graph, ops.expert_down))
+
+
+def _fuse_ffn(graph: fx.Graph, down: fx.Node) -> bool:
+    interior: set[fx.Node] = set()
+    args = _ffn_arguments(down, interior)
+    if args is None or not used_only_by(interior, down):
+        return False
+    replace_call(graph, down, sparse_ffn, args)
+    erase(graph, interior)
+    return True
+
+
+def _ffn_arguments(down: fx.Node, interior: set[fx.Node]) -> tuple[Any, ...] | None:
+    """The arguments of the ``sparse_ffn`` that ends in ``down``; adds the nodes that it replaces to ``interior``."""
+    d = arguments(down)
+    up = _behind(d["h_TF"], ops.expert_up, interior)
+    selection = _behind(d["mask_TE"], ops.select_experts, interior)
+    if up is None or selection is None:
+        return None
+    u, s = arguments(up), arguments(selection)
+    router = _behind(s["scores_TE"], ops.router_scores, interior)
+    if router is None or _behind(u["mask_TE"], ops.select_experts, interior) is not selection:
+        return None
+    r = arguments(router)
+    if not same_tensor(u["x_TD"], r["x_TD"]) or u["expert_size"] != d["expert_size"] or u["activation"] == "none":
+        return None
+    offset = None
+    if d["gates_TE"] is not None:
+        offset = _gate_offset(d["gates_TE"], router, interior)
+        if offset is None:
+            return None
+    routing = (r["weight_ED"], r["bias_E"], s["tau"], s["rule"], offset)
+    rows = (u["up_FD"], u["up_bias_F"], u["gate_FD"], u["gate_bias_F"], d["down_FD"], d["down_bias_D"])
+    return (u["x_TD"], *routing, *rows, u["activation"], u["expert_size"])
+
+
+def _gate_offset(gates: fx.Node, router: fx.Node, interior: set[fx.Node]) -> float | None:
+    """The c where ``gates`` is ``sigmoid(scores + c)`` of these scores, otherwise None."""
+    sigmoid = skip_reshapes(gates, interior)
+    if not isinstance(sigmoid, fx.Node) or not calls(sigmoid, aten.sigmoid.default):
+        return None
+    interior.add(sigmoid)
+    scores = skip_reshapes(sigmoid.args[0], interior)
+    offset: Any = 0.0
+    if isinstance(scores, fx.Node) and calls(scores, aten.add.Tensor) and not scores.kwargs:
+        interior.add(scores)
+        offset = scores.args[1]
+        scores = skip_reshapes(scores.args[0], interior)
+    found = scores is router and type(offset) in (int, float) and same_shape(router, gates)
+    return float(offset) if found else None
+
+
+def _behind(value: object, op: Operator, interior: set[fx.Node]) -> fx.Node | None:
+    """The call of ``op`` that ``value`` is the result of; adds it, and reshapes after it, to ``interior``."""
+    node = behind_reshapes(value, interior)
+    if node is None or not calls(node, overload(op)):
+        return None
+    interior.add(node)
+    return node
+
+
+PASSES: Mapping[str, Pass] = MappingProxyType(
+    {"fuse_relu": fuse_relu, "inline_dense": inline_dense, "fuse_ffn": fuse_ffn}
+)
+"""By name, in the order in which they run."""
