@@ -212,7 +212,7 @@ def down(
     _down[(work.arrivals.numel(), config["SPLITS"])](
         h_TF,
         work.order_E,
-        work.count,
+        work.length,
         work.arrivals,
         down_FD,
         bias_D,

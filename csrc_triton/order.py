@@ -21,13 +21,13 @@ class Workspace(NamedTuple):
     Attributes:
         order_E: the experts in use, then anything.
         used_E: 1 for those that some token activates, else 0.
-        count: number of experts in use; ``[1]``.
+        length: number of experts in use; ``[1]``.
         arrivals: for each block of columns of the down kernel, how many of its programs are done; starts at 0.
     """
 
     order_E: Tensor
     used_E: Tensor
-    count: Tensor
+    length: Tensor
     arrivals: Tensor
 
 

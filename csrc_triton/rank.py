@@ -103,7 +103,7 @@ def rank(
         weights_TE,
         work.order_E,
         work.used_E,
-        work.count,
+        work.length,
         E,
         0.0 if gate_offset is None else gate_offset,
         parts_PTE.stride(0),

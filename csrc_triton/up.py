@@ -247,7 +247,7 @@ def up(
         h_TF,
         work.order_E,
         work.used_E,
-        work.count,
+        work.length,
         T,
         E,
         F,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "torch_prunepath"
-INTEGRATIONS = PACKAGE.parent / "integrations"
+APART = {name: PACKAGE.parent / name for name in ("csrc_triton", "integrations")}
 
 ORDER = [
     "activations",
@@ -25,6 +25,15 @@ ORDER = [
     "cluster",
     "partition",
     "cpu",
+    "csrc_triton.jit",
+    "csrc_triton.order",
+    "csrc_triton.router",
+    "csrc_triton.rank",
+    "csrc_triton.select",
+    "csrc_triton.up",
+    "csrc_triton.down",
+    "csrc_triton.masked",
+    "csrc_triton.ffn",
     "ops",
     "router",
     "fused",
@@ -70,8 +79,8 @@ ORDER = [
 
 def path_of(module: str) -> Path:
     root, _, rest = module.partition(".")
-    if root == "integrations":
-        return INTEGRATIONS / f"{rest}.py"
+    if root in APART:
+        return APART[root] / f"{rest}.py"
     return (PACKAGE / module.replace(".", "/")).with_suffix(".py")
 
 
@@ -94,7 +103,8 @@ def imported(path: Path) -> set[str]:
 def test_the_list_is_complete() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
     present = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files}
-    present |= {f"integrations.{path.stem}" for path in INTEGRATIONS.glob("*.py")} - {"integrations.__init__"}
+    for name, folder in APART.items():
+        present |= {f"{name}.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"}
     assert present == set(ORDER)
 
 

@@ -43,8 +43,8 @@ def by_rank(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
     expected = torch.where(mask_TE, torch.sigmoid(scores_TE + 0.25), 0.0)
     torch.testing.assert_close(weights_TE, expected)
     if T == 1:
-        assert int(work.count) == int(mask_TE.sum())
-        listed = sorted(work.order_E[: int(work.count)].tolist())
+        assert int(work.length) == int(mask_TE.sum())
+        listed = sorted(work.order_E[: int(work.length)].tolist())
         assert listed == mask_TE[0].nonzero().flatten().tolist()
     else:
         assert work.used_E.tolist() == mask_TE.any(0).int().tolist()
