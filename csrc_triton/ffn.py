@@ -21,7 +21,7 @@ from torch_prunepath.csrc_triton.up import up
 UNION_TOKENS = 16
 """Up to so many tokens read the union of their experts; more compute every neuron and zero inactive ones."""
 
-RANK_TOKENS = 2
+RANK_TOKENS = 8
 """Up to so many tokens select by comparing all scores with all; more by a search."""
 
 

@@ -355,7 +355,7 @@ def test_help(benchmark: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"usage: prunepath bench {benchmark}".strip() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("benchmark", ["ffn", "decode"])
+@pytest.mark.parametrize("which", ["ffn", "decode"])
 def test_an_unknown_geometry_is_refused_with_the_names(run, benchmark: str) -> None:
     refused(run(benchmark, "--geometry", "gpt5"), 2, "'gpt5'", *GEOMETRIES)
 
@@ -575,11 +575,11 @@ def test_tau_stays_where_the_search_left_it() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("benchmark", ["ffn", "decode"])
-def test_on_cuda(run, benchmark: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["ffn", "decode"])
+def test_on_cuda(run, which: str, tmp_path: Path) -> None:
     asked = ("--geometry", "smollm2-135m", "--layers", 2, "--device", "cuda", "--batch", 1, 4, "--sparsity", 0.8)
     more = ("--context", 16, "--new-tokens", 8, "--backend", "inductor", "--modes", "graph", "reduce-overhead")
-    code, stdout, _ = run(benchmark, *asked, *(more if benchmark == "decode" else ()), "--seconds", 0.05, "--json")
+    code, stdout, _ = run(which, *asked, *(more if which == "decode" else ()), "--seconds", 0.05, "--json")
     assert code == 0
     for row in json.loads(stdout)["rows"]:
         assert row["device"] == "cuda" and row["dtype"] == "bf16"

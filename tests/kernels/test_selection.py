@@ -34,7 +34,7 @@ def assert_selected(found_TE: Tensor, scores_TE: Tensor, tau: float, rule: str) 
 
 
 def by_rank(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
-    """The kernel for one or two tokens; what it leaves for the next kernels is checked on the way."""
+    """The kernel for few tokens; what it leaves for the next kernels is checked on the way."""
     T, E = scores_TE.shape
     work = kernels.workspace(E, 3, scores_TE.device)
     for tensor in work[1:]:
