@@ -471,7 +471,7 @@ def test_rounding_noise_is_small_and_leaves_the_model_alone() -> None:
     model = sparsify(tiny_llama(), tau=0.5, config=SPARSE, progress=False)
     work = decoder_of(model)
     expected_RV = logits_of(work, work.step, 3)
-    assert 0 < rounding_noise(model, work, expected_RV, 3, seed=0) < 1e-4
+    assert 0 < rounding_noise(sparse_layers(model).values(), work, expected_RV, 3, seed=0) < 1e-4
     assert torch.equal(logits_of(work, work.step, 3), expected_RV)
 
 

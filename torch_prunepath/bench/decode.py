@@ -6,13 +6,13 @@ The dense model is measured first and then converted in place: there is no room 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import InvalidBackend
 
 from torch_prunepath.bench import results as record
@@ -25,7 +25,9 @@ from torch_prunepath.bench.requests import Requests, paired
 from torch_prunepath.bench.sides import CHECKED_CALLS, Measured, check_steps, describe, ready_steps, time_steps
 from torch_prunepath.bench.timing import copy_bandwidth
 from torch_prunepath.bench.wholes import reach, rounding_noise, traffic, weight_bytes
+from torch_prunepath.discover import find_ffns
 from torch_prunepath.errors import as_user_error
+from torch_prunepath.ffn import FFNView
 from torch_prunepath.models import longest_context
 from torch_prunepath.sparsity import set_tau, sparse_layers
 
@@ -36,7 +38,7 @@ BOUNDS: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-3, tor
 """Largest relative RMS error of logits between two ways to compute one model."""
 
 LARGEST_BOUND = 0.5
-"""Where some roundings of the FFNs' inputs move sparse logits by more than ``BOUNDS``, that much is allowed, but never
+"""Where some roundings of the FFNs' inputs move logits by more than ``BOUNDS``, that much is allowed, but never
 more than this: zeros are 1 away, unrelated logits 1.4."""
 
 Maker = Callable[[Any], Work]
@@ -138,7 +140,8 @@ def _measure_dense(name: str, model: Any, makers: Sequence[Maker], options: Deco
         what = f"dense {name}, {describe(work)}"
         expected_RV = logits_of(work, work.step, CHECKED_CALLS)
         steps = ready_steps(work, options.dense_modes, "inductor", what)
-        check_steps(work, steps, expected_RV, BOUNDS[options.torch_dtype], what)
+        projections = [FFNView(model, spec).up for spec in find_ffns(model)]
+        check_steps(work, steps, expected_RV, _bound(projections, work, expected_RV, options), what)
         measured.append(time_steps(work, steps, options))
         logits.append(expected_RV.cpu())
     mode = measured[0].best if measured else options.dense_modes[0]
@@ -167,6 +170,12 @@ def _measure_sparse(
     return rows, _sparse_requests(name, model, dense.requests, mode, options)
 
 
+def _bound(modules: Iterable[nn.Module], work: Work, expected_RV: Tensor, options: DecodeOptions) -> float:
+    """The largest error that rounding explains in these modules' inputs."""
+    noise = rounding_noise(modules, work, expected_RV, CHECKED_CALLS, options.seed)
+    return min(max(BOUNDS[options.torch_dtype], noise), LARGEST_BOUND)
+
+
 def _gate(
     model: Any, work: Work, steps: Any, dense_RV: Tensor, sparsity: float, what: str, options: DecodeOptions
 ) -> dict[str, float]:
@@ -179,8 +188,7 @@ def _gate(
     gates = {layer.experts.gate for layer in sparse_layers(model).values()}
     if sparsity > 0.0 or gates != {"one"}:
         expected_RV = logits_of(work, work.step, CHECKED_CALLS)
-        noise = rounding_noise(model, work, expected_RV, CHECKED_CALLS, options.seed)
-        bound = min(max(bound, noise), LARGEST_BOUND)
+        bound = _bound(sparse_layers(model).values(), work, expected_RV, options)
     error = check_steps(work, steps, expected_RV, bound, f"{what} at sparsity {sparsity:g}")
     return {"gate_error": error, "gate_bound": bound, "dense_distance": relative_rms(dense_RV, expected_RV)}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -93,8 +94,8 @@ def reach(model: nn.Module, work: Work, sparsity: float, calls: int) -> dict[str
     return used
 
 
-def rounding_noise(model: nn.Module, work: Work, expected_RV: Tensor, calls: int, seed: int) -> float:
-    """How far logits move if every sparse FFN's input is off by some roundings: relative RMS error of the worst row.
+def rounding_noise(modules: Iterable[nn.Module], work: Work, expected_RV: Tensor, calls: int, seed: int) -> float:
+    """How far logits move if these modules' inputs are off by some roundings: relative RMS error of the worst row.
 
     Two right implementations differ by roundings, and an expert near tau may then be active in one of them only. Such
     experts are few, so the largest of ``NOISE_DRAWS`` random errors is returned, times ``NOISE_MARGIN``.
@@ -107,7 +108,7 @@ def rounding_noise(model: nn.Module, work: Work, expected_RV: Tensor, calls: int
         return ((x * (1 + NOISE_ROUNDINGS * torch.finfo(x.dtype).eps / 2 * noise)).to(x.dtype), *rest)
 
     with contextlib.ExitStack() as stack:
-        for layer in sparse_layers(model).values():
-            stack.enter_context(removing(layer.register_forward_pre_hook(perturb)))
+        for module in modules:
+            stack.enter_context(removing(module.register_forward_pre_hook(perturb)))
         draws = [relative_rms(logits_of(work, work.step, calls), expected_RV) for _ in range(NOISE_DRAWS)]
     return NOISE_MARGIN * max(draws)
