@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from torch_prunepath import cpu, ops
+from torch_prunepath import cpu_rows, ops
 from torch_prunepath.config import num_experts
 from torch_prunepath.fused import sparse_ffn
 from torch_prunepath.report import machine
@@ -132,15 +132,15 @@ def whole(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds
 def parts(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> str:
     """One projection each, whatever the library would choose."""
     found = set_sparsity(layers, x_TD, sparsity)
-    pairs = [cpu.find_pairs(c.mask_TE, size, c.up_FD) for c in layers]
+    pairs = [cpu_rows.find_pairs(c.mask_TE, size, c.up_FD) for c in layers]
     h_TF = nnf.linear(x_TD, layers[0].up_FD)
     both = list(zip(layers, pairs, strict=True))
     up, dot, down, total = time_all(
         [
             [lambda c=c: nnf.linear(x_TD, c.up_FD) for c in layers],  # type: ignore[misc]
-            [lambda c=c, p=p: cpu.dot_rows(x_TD, p, c.up_FD, None) for c, p in both],  # type: ignore[misc]
+            [lambda c=c, p=p: cpu_rows.dot_rows(x_TD, p, c.up_FD, None) for c, p in both],  # type: ignore[misc]
             [lambda c=c: nnf.linear(h_TF, c.down_FD.t()) for c in layers],  # type: ignore[misc]
-            [lambda c=c, p=p: cpu.sum_rows(cpu.take_pairs(h_TF, p), p, c.down_FD, None) for c, p in both],  # type: ignore[misc]
+            [lambda c=c, p=p: cpu_rows.sum_rows(cpu_rows.take_pairs(h_TF, p), p, c.down_FD, None) for c, p in both],  # type: ignore[misc]
         ],
         seconds,
     )

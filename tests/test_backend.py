@@ -108,6 +108,7 @@ def test_the_cache_key_covers_passes_and_purpose() -> None:
 @pytest.mark.parametrize("given", ["config", "options"])
 def test_a_pass_that_the_user_gave_inductor_runs_too(given: str) -> None:
     model, inputs = sparse("functional_silu")
+    model.train()  # whose layers call their parts one by one, also without gradients
     user = UserPass()
     hook: dict[str, Any] = {"post_grad_custom_pre_pass": user}
     configured, options = (hook, {}) if given == "config" else ({}, hook)
@@ -221,13 +222,12 @@ def test_dynamic_shapes(dynamic: bool | None, gate: str) -> None:
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for x in (start, sequence(3), sequence(90)):
             torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-5)
-        # With dynamic=True even the constant in the gate is an input of the graph: right, but not fused.
-        fused = (dynamic, gate) != (True, "sigmoid")
-        assert operators(lambda: call(sequence(4)))["sparse_ffn"] == 2 * fused
+        assert operators(lambda: call(sequence(4))) == {"sparse_ffn": 2}
 
 
 def test_many_tokens_leave_the_halves_to_inductor() -> None:
     model, _ = sparse("functional_silu", gate="sigmoid")
+    model.train()
     x = sequence(40)
     call = compiled(model)
     with torch.no_grad():

@@ -347,17 +347,17 @@ def test_table_and_plot_lines(run) -> None:
     }
 
 
-@pytest.mark.parametrize("benchmark", ["", "ffn", "decode"])
-def test_help(benchmark: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("which", ["", "ffn", "decode"])
+def test_help(which: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["bench", *benchmark.split(), "--help"])
+        cli.main(["bench", *which.split(), "--help"])
     assert caught.value.code == 0
-    assert f"usage: prunepath bench {benchmark}".strip() in capsys.readouterr().out
+    assert f"usage: prunepath bench {which}".strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("which", ["ffn", "decode"])
-def test_an_unknown_geometry_is_refused_with_the_names(run, benchmark: str) -> None:
-    refused(run(benchmark, "--geometry", "gpt5"), 2, "'gpt5'", *GEOMETRIES)
+def test_an_unknown_geometry_is_refused_with_the_names(run, which: str) -> None:
+    refused(run(which, "--geometry", "gpt5"), 2, "'gpt5'", *GEOMETRIES)
 
 
 @pytest.mark.parametrize(
@@ -541,8 +541,8 @@ def test_a_step_that_differs_from_eager_yields_no_times(run, tiny: Path, monkeyp
 def test_a_sparse_model_that_is_not_dense_at_tau_1_yields_no_times(
     run, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = torch_prunepath.layer.expert_down
-    monkeypatch.setattr(torch_prunepath.layer, "expert_down", lambda *arguments: 1.01 * right(*arguments))
+    right = torch_prunepath.layer.sparse_ffn
+    monkeypatch.setattr(torch_prunepath.layer, "sparse_ffn", lambda *arguments: 1.01 * right(*arguments))
     refused(run("decode", "--geometry", tiny, "--sparsity", 0.5, *EAGER), 1, "at sparsity 0", "no time is reported")
 
 

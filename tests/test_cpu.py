@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_prunepath import cpu, ops
+from torch_prunepath import cpu, cpu_dense, cpu_rows, ops
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.fused import sparse_ffn
 from torch_prunepath.reference import select_reference
@@ -23,8 +23,8 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.fixture(params=["gathered", "dense", "mixed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces a choice that thresholds otherwise make."""
-    monkeypatch.setattr(cpu, "dots_pay", lambda pairs, tokens, rows: tokens > 0 and request.param == "gathered")
-    monkeypatch.setattr(cpu, "sums_pay", lambda pairs, tokens, rows: tokens > 0 and request.param != "dense")
+    monkeypatch.setattr(cpu_rows, "dots_pay", lambda pairs, tokens, rows: tokens > 0 and request.param == "gathered")
+    monkeypatch.setattr(cpu_rows, "sums_pay", lambda pairs, tokens, rows: tokens > 0 and request.param != "dense")
     return request.param  # type: ignore[no-any-return]
 
 
@@ -141,8 +141,8 @@ def test_gathered_equals_the_default_implementation(
     gates_TE = torch.rand(mask.shape).double() if gates else None
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "SMALL_BYTES", 0)
-        patch.setattr(cpu, "CACHED_BYTES", block_bytes)
+        patch.setattr(cpu_rows, "SMALL_BYTES", 0)
+        patch.setattr(cpu_rows, "CACHED_BYTES", block_bytes)
         torch.set_num_threads(threads)
         try:
             found = cpu.sparse_ffn(x, mask, gates_TE, *weights, "silu", S)  # type: ignore[arg-type]
@@ -208,10 +208,10 @@ def test_no_rows_are_copied() -> None:
 
 @pytest.mark.parametrize("T", [1, 4])
 def test_low_precision_router_weights_are_not_converted_at_once(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "CACHED_BYTES", 40_000)
+    monkeypatch.setattr(cpu_dense, "CACHED_BYTES", 40_000)
     x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((T, 64), (1001, 64), (1001,)))
     with Sizes() as sizes:
-        found = cpu.scores(x, weight, bias)
+        found = cpu_dense.scores(x, weight, bias)
     assert sizes.largest <= 40_000 // 4
     expected = x.double() @ weight.double().t() + bias.double()
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
@@ -284,5 +284,5 @@ def test_where_gathering_pays(
     shape: tuple[int, int], dtype: torch.dtype, tokens: int, share: float, pays: bool
 ) -> None:
     rows = torch.empty(shape, dtype=dtype, device="meta")
-    assert cpu.dots_pay(int(share * shape[0]), tokens, rows) is pays
-    assert cpu.sums_pay(int(share * shape[0]), tokens, rows) >= pays
+    assert cpu_rows.dots_pay(int(share * shape[0]), tokens, rows) is pays
+    assert cpu_rows.sums_pay(int(share * shape[0]), tokens, rows) >= pays

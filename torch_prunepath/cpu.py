@@ -1,258 +1,17 @@
 """How a CPU computes a sparse FFN: at few tokens only the active experts' rows are read, and they are never copied.
 
-Two gathers of ATen do the work, both made for embedding tables. ``_embedding_bag_per_sample_weights_backward`` is the
-dot product of a token with each listed row (gate, up, router), ``_embedding_bag_forward_only`` a weighted sum of listed
-rows (down). They read rows where they lie, sum in float32 or wider, and use all threads.
-
-Shapes: T tokens, D hidden size, F neurons, E experts of S neurons (the last may be smaller), P pairs of a token and a
-neuron that is active for it, B bags: runs of one token's pairs that are summed together.
+Shapes: T tokens, D hidden size, F neurons, E experts of S neurons (the last may be smaller), K active experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
-from torch_prunepath.activations import ACTIVATIONS
-
-FEW_TOKENS = 16
-"""Calls of at most this many tokens may read only active rows."""
-
-SMALL_BYTES = 512 << 10
-"""A projection below this size is done before the rows are listed."""
-
-LARGE_BYTES = 8 << 20
-"""From this size of a projection on, finding the pairs costs little beside reading their rows."""
-
-CACHED_BYTES = 2 << 20
-"""What is cheap to read a second time: rows that several tokens share, a block of converted router weights."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The work of a call of few tokens.
-
-    Attributes:
-        rows_P: int64, the neuron of each pair.
-        tokens_P: int64, its token.
-        starts_B: int64, the first pair of each bag; bag b belongs to token ``b % tokens``.
-        tokens: T.
-    """
-
-    rows_P: Tensor
-    tokens_P: Tensor
-    starts_B: Tensor
-    tokens: int
-
-
-# --- what pays --------------------------------------------------------------------------------------------------------
-
-
-def dots_pay(pairs: int, tokens: int, rows_FD: Tensor) -> bool:
-    """Whether :func:`dot_rows` of P pairs is expected to be faster than a dense product of T tokens with all rows.
-
-    A dense product reads every row once, whatever T. A gathered one pays for every pair: with 16-bit rows as much as
-    the dense product for ``(row_bytes + 2200) / 1.8`` bytes, half of it for a single token; with float32 rows a third
-    of a row, because MKL's products of few tokens are slow. Fitted to the break-even points of rows of 576 to 3584
-    columns at 1 to 16 tokens (2 cores with AVX-512; benchmarks/cpu_rows.py).
-
-    Args:
-        pairs: P, summed over tokens.
-        tokens: T.
-        rows_FD: gate, up or fc1 rows ``[F, D]``.
-    """
-    if not _gatherable(tokens, rows_FD):
-        return False
-    if rows_FD.element_size() == 2:
-        row_bytes = 2 * rows_FD.shape[1]
-        share = 1.8 * row_bytes / (row_bytes + 2200)
-        share = 2 * share if tokens == 1 else share
-    else:
-        share = 0.5 if rows_FD.element_size() > 4 else 3.0 if _bytes(rows_FD) >= LARGE_BYTES else 2.0
-    return pairs <= share * rows_FD.shape[0]
-
-
-def sums_pay(pairs: int, tokens: int, rows_FD: Tensor) -> bool:
-    """As :func:`dots_pay`, for :func:`sum_rows` and down rows ``[F, D]``.
-
-    They pay longer: in 16 bits the dense product first copies a weight that is laid out by rows.
-    """
-    if _bytes(rows_FD) >= LARGE_BYTES:
-        share = 4.0
-    else:
-        share = 1.0 if rows_FD.element_size() == 2 else 2.0
-    share = 0.5 if rows_FD.element_size() > 4 else share
-    return _gatherable(tokens, rows_FD) and pairs <= share * rows_FD.shape[0]
-
-
-def _gatherable(tokens: int, rows_FD: Tensor) -> bool:
-    fits = 1 <= tokens <= FEW_TOKENS and rows_FD.stride(1) == 1
-    return fits and _bytes(rows_FD) >= SMALL_BYTES
-
-
-def _bytes(rows_FD: Tensor) -> int:
-    return rows_FD.numel() * rows_FD.element_size()
-
-
-# --- pairs ------------------------------------------------------------------------------------------------------------
-
-
-def find_pairs(mask_TE: Tensor, expert_size: int, rows_FD: Tensor) -> Pairs:
-    """The pairs that a mask of at least one token makes active, in an order that suits rows like these."""
-    on_TF = mask_TE.repeat_interleave(expert_size, dim=1)[:, : len(rows_FD)]
-    if len(on_TF) == 1:
-        return _pairs_of_one(on_TF[0])
-    return _pairs_of_some(on_TF, rows_FD.shape[1] * rows_FD.element_size())
-
-
-def _pairs_of_one(on_F: Tensor) -> Pairs:
-    """One token: a bag for each thread, of equal lengths."""
-    rows_P = on_F.nonzero().squeeze(1)
-    bags = torch.get_num_threads()
-    starts_B = torch.arange(bags) * (len(rows_P) // bags)
-    return Pairs(rows_P, torch.zeros_like(rows_P), starts_B, 1)
-
-
-def _pairs_of_some(on_TF: Tensor, row_bytes: int) -> Pairs:
-    """Block of rows by block of rows, then token by token: the second token finds its rows in the cache."""
-    tokens, ffn_size = on_TF.shape
-    blocks = max(-(-ffn_size * row_bytes // CACHED_BYTES), -(-torch.get_num_threads() // tokens))
-    size = -(-ffn_size // blocks)
-    blocks = -(-ffn_size // size)
-    on_BTR = nnf.pad(on_TF, (0, blocks * size - ffn_size)).view(tokens, blocks, size).transpose(0, 1).contiguous()
-    block_P, token_P, row_P = on_BTR.nonzero().unbind(1)
-    lengths_B = on_BTR.sum(2).flatten()
-    return Pairs(row_P.add(block_P, alpha=size), token_P.contiguous(), lengths_B.cumsum(0) - lengths_B, tokens)
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def dot_rows(x_TD: Tensor, pairs: Pairs, rows_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    """``x[t] . rows[f] + bias[f]`` of every pair: ``[P]``."""
-    gather = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    dots_P = gather(x_TD, rows_FD, pairs.rows_P, pairs.starts_B, pairs.tokens_P, 0)
-    return dots_P if bias_F is None else dots_P.add_(bias_F[pairs.rows_P])  # type: ignore[no-any-return]
-
-
-def sum_rows(h_P: Tensor, pairs: Pairs, rows_FD: Tensor, bias_D: Tensor | None) -> Tensor:
-    """Every token's sum of ``h[p] * rows[f]`` over its pairs, plus the bias: ``[T, D]``."""
-    gather = torch.ops.aten._embedding_bag_forward_only
-    bags_BD = gather(rows_FD, pairs.rows_P, pairs.starts_B, False, 0, False, h_P)[0]
-    wide = torch.promote_types(h_P.dtype, torch.float32)
-    y_TD = bags_BD.view(-1, pairs.tokens, bags_BD.shape[1]).sum(0, dtype=wide)
-    return (y_TD if bias_D is None else y_TD.add_(bias_D)).to(h_P.dtype)
-
-
-def hidden_of_pairs(
-    x_TD: Tensor,
-    pairs: Pairs,
-    up_FD: Tensor,
-    up_F: Tensor | None,
-    gate_FD: Tensor | None,
-    gate_F: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """Hidden activation of every pair: ``[P]``."""
-    up_P = dot_rows(x_TD, pairs, up_FD, up_F)
-    gate_P = None if gate_FD is None else dot_rows(x_TD, pairs, gate_FD, gate_F)
-    return _activate(up_P, gate_P, activation)
-
-
-def take_pairs(h_TF: Tensor, pairs: Pairs) -> Tensor:
-    """Values of the pairs: ``[T, F] -> [P]``."""
-    return h_TF[pairs.tokens_P, pairs.rows_P]
-
-
-def spread_pairs(h_P: Tensor, pairs: Pairs, ffn_size: int) -> Tensor:
-    """Inverse of :func:`take_pairs`, 0 elsewhere: ``[P] -> [T, F]``."""
-    places_P = pairs.rows_P.add(pairs.tokens_P, alpha=ffn_size)
-    return h_P.new_zeros(pairs.tokens * ffn_size).index_copy_(0, places_P, h_P).view(pairs.tokens, ffn_size)
-
-
-def scale_pairs_(h_P: Tensor, pairs: Pairs, gates_TE: Tensor | None, expert_size: int) -> Tensor:
-    """Multiplies every pair by its expert's gate, in place."""
-    if gates_TE is None:
-        return h_P
-    return h_P.mul_(gates_TE.to(h_P.dtype)[pairs.tokens_P, pairs.rows_P // expert_size])
-
-
-# --- all neurons ------------------------------------------------------------------------------------------------------
-
-
-def hidden_of_all(
-    x_TD: Tensor,
-    up_FD: Tensor,
-    up_F: Tensor | None,
-    gate_FD: Tensor | None,
-    gate_F: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """Hidden activation of every neuron, active or not: ``[T, F]``, a tensor of its own."""
-    gate_TF = None if gate_FD is None else nnf.linear(x_TD, gate_FD, gate_F)
-    return _activate(nnf.linear(x_TD, up_FD, up_F), gate_TF, activation)
-
-
-def mask_(h_TF: Tensor, mask_TE: Tensor, expert_size: int) -> Tensor:
-    """Sets the neurons of inactive experts to 0, in place."""
-    off_TE = ~mask_TE
-    for h_TES, part_TE in _by_expert(h_TF, off_TE, expert_size):
-        # Not a product: an inactive neuron that overflowed must not turn into NaN.
-        h_TES.masked_fill_(part_TE.unsqueeze(-1), 0)
-    return h_TF
-
-
-def scale_(h_TF: Tensor, gates_TE: Tensor | None, expert_size: int) -> Tensor:
-    """Multiplies every neuron by its expert's gate, in place."""
-    if gates_TE is not None:
-        for h_TES, part_TE in _by_expert(h_TF, gates_TE.to(h_TF.dtype), expert_size):
-            h_TES.mul_(part_TE.unsqueeze(-1))
-    return h_TF
-
-
-def _by_expert(h_TF: Tensor, values_TE: Tensor, expert_size: int) -> list[tuple[Tensor, Tensor]]:
-    """Views ``[T, E, S]`` of h with the ``[T, E]`` that belong to them: of the whole experts, and of a smaller last."""
-    whole = h_TF.shape[1] // expert_size
-    cut = whole * expert_size
-    parts = [(h_TF[:, :cut].unflatten(1, (whole, expert_size)), values_TE[:, :whole])] if whole else []
-    if cut < h_TF.shape[1]:
-        parts.append((h_TF[:, cut:].unsqueeze(1), values_TE[:, whole:]))
-    return parts
-
-
-def _activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    """``act(gate) * up``, or ``act(up)``, or ``up`` where the activation is ``"none"``."""
-    if activation == "none":
-        return up
-    act = ACTIVATIONS[activation]
-    return act(up) if gate is None else act(gate).mul_(up)
-
-
-# --- router -----------------------------------------------------------------------------------------------------------
-
-
-def scores(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """``x W^T + b`` in float32: ``[T, E]``. At few tokens the weight is converted block by block, within the cache."""
-    x_TD = x_TD.float()
-    if len(x_TD) > FEW_TOKENS:
-        return nnf.linear(x_TD, weight_ED.float(), None if bias_E is None else bias_E.float())
-    size = max(1, CACHED_BYTES // (4 * weight_ED.shape[1])) if weight_ED.dtype != torch.float32 else len(weight_ED)
-    scores_TE = torch.cat([_block_scores(x_TD, block.float()) for block in weight_ED.split(size)], dim=1)
-    return scores_TE if bias_E is None else scores_TE.add_(bias_E)
-
-
-def _block_scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    if len(x_TD) != 1 or weight_ED.stride(1) != 1:
-        return nnf.linear(x_TD, weight_ED)
-    experts_E = torch.arange(len(weight_ED))
-    all_E = Pairs(experts_E, torch.zeros_like(experts_E), experts_E[:1], 1)
-    return dot_rows(x_TD, all_E, weight_ED, None).unsqueeze(0)
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
+from torch_prunepath import cpu_dense as dense
+from torch_prunepath import cpu_rows as rows
+from torch_prunepath.config import Rule
+from torch_prunepath.cpu_select import active_experts, mask_of_tokens
 
 
 def expert_up(
@@ -268,11 +27,11 @@ def expert_up(
     """:func:`torch_prunepath.ops.expert_up` on a CPU."""
     active, tokens = int(mask_TE.sum()), len(x_TD)
     if _all_dots_pay(active * expert_size, tokens, up_FD, gate_FD):
-        pairs = find_pairs(mask_TE, expert_size, up_FD)
-        h_P = hidden_of_pairs(x_TD, pairs, up_FD, up_F, gate_FD, gate_F, activation)
-        return spread_pairs(h_P, pairs, len(up_FD))
-    h_TF = hidden_of_all(x_TD, up_FD, up_F, gate_FD, gate_F, activation)
-    return h_TF if active == mask_TE.numel() else mask_(h_TF, mask_TE, expert_size)
+        pairs = rows.find_pairs(mask_TE, expert_size, up_FD)
+        h_P = rows.hidden_of_pairs(x_TD, pairs, up_FD, up_F, gate_FD, gate_F, activation)
+        return rows.spread_pairs(h_P, pairs, len(up_FD))
+    h_TF = dense.hidden_of_all(x_TD, up_FD, up_F, gate_FD, gate_F, activation)
+    return h_TF if active == mask_TE.numel() else dense.mask_(h_TF, mask_TE, expert_size)
 
 
 def expert_down(
@@ -280,13 +39,13 @@ def expert_down(
 ) -> Tensor:
     """:func:`torch_prunepath.ops.expert_down` on a CPU."""
     active, tokens = int(mask_TE.sum()), len(h_TF)
-    if sums_pay(active * expert_size, tokens, down_FD):
+    if rows.sums_pay(active * expert_size, tokens, down_FD):
         return _sum_active(h_TF, mask_TE, gates_TE, down_FD, down_D, expert_size)
     if active < mask_TE.numel():
-        h_TF = mask_(h_TF.clone(), mask_TE, expert_size)
+        h_TF = dense.mask_(h_TF.clone(), mask_TE, expert_size)
     elif gates_TE is not None:
         h_TF = h_TF.clone()
-    return nnf.linear(scale_(h_TF, gates_TE, expert_size), down_FD.t(), down_D)
+    return dense.linear(dense.scale_(h_TF, gates_TE, expert_size), down_FD.t(), down_D)
 
 
 def sparse_ffn(
@@ -304,24 +63,80 @@ def sparse_ffn(
 ) -> Tensor:
     """:func:`expert_down` of :func:`expert_up`, with the pairs found once and no copy of the hidden activations."""
     neurons, tokens = int(mask_TE.sum()) * expert_size, len(x_TD)
-    sums = sums_pay(neurons, tokens, down_FD)
-    if sums and _all_dots_pay(neurons, tokens, up_FD, gate_FD):
-        pairs = find_pairs(mask_TE, expert_size, up_FD)
-        h_P = hidden_of_pairs(x_TD, pairs, up_FD, up_F, gate_FD, gate_F, activation)
-        return sum_rows(scale_pairs_(h_P, pairs, gates_TE, expert_size), pairs, down_FD, down_D)
+    if _both_pay(neurons, tokens, up_FD, gate_FD, down_FD):
+        pairs = rows.find_pairs(mask_TE, expert_size, up_FD)
+        weights = up_FD, up_F, gate_FD, gate_F, down_FD, down_D
+        return _gathered(x_TD, pairs, gates_TE, *weights, activation, expert_size)
     h_TF = expert_up(x_TD, mask_TE, up_FD, up_F, gate_FD, gate_F, activation, expert_size)
-    if sums:
+    if rows.sums_pay(neurons, tokens, down_FD):
         return _sum_active(h_TF, mask_TE, gates_TE, down_FD, down_D, expert_size)
-    return nnf.linear(scale_(h_TF, gates_TE, expert_size), down_FD.t(), down_D)
+    return dense.linear(dense.scale_(h_TF, gates_TE, expert_size), down_FD.t(), down_D)
 
 
 def _all_dots_pay(neurons: int, tokens: int, up_FD: Tensor, gate_FD: Tensor | None) -> bool:
-    return dots_pay(neurons, tokens, up_FD) and (gate_FD is None or dots_pay(neurons, tokens, gate_FD))
+    return rows.dots_pay(neurons, tokens, up_FD) and (gate_FD is None or rows.dots_pay(neurons, tokens, gate_FD))
 
 
 def _sum_active(
     h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, down_FD: Tensor, down_D: Tensor | None, expert_size: int
 ) -> Tensor:
-    pairs = find_pairs(mask_TE, expert_size, down_FD)
-    h_P = scale_pairs_(take_pairs(h_TF, pairs), pairs, gates_TE, expert_size)
-    return sum_rows(h_P, pairs, down_FD, down_D)
+    pairs = rows.find_pairs(mask_TE, expert_size, down_FD)
+    h_P = rows.scale_pairs_(rows.take_pairs(h_TF, pairs), pairs, gates_TE, expert_size)
+    return rows.sum_rows(h_P, pairs, down_FD, down_D)
+
+
+def routed_ffn(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    router_E: Tensor | None,
+    tau: Tensor,
+    rule: Rule,
+    gate_offset: float | None,
+    up_FD: Tensor,
+    up_F: Tensor | None,
+    gate_FD: Tensor | None,
+    gate_F: Tensor | None,
+    down_FD: Tensor,
+    down_D: Tensor | None,
+    activation: str,
+    expert_size: int,
+) -> Tensor:
+    """:func:`torch_prunepath.fused.sparse_ffn` on a CPU."""
+    weights = up_FD, up_F, gate_FD, gate_F, down_FD, down_D
+    level = float(tau)
+    if gate_offset is None and level >= 1:
+        # Nobody needs the scores.
+        mask_TE = torch.ones(len(x_TD), len(router_ED), dtype=torch.bool)
+        return sparse_ffn(x_TD, mask_TE, None, *weights, activation, expert_size)
+    scores_TE = dense.scores(x_TD, router_ED, router_E)
+    gates_TE = None if gate_offset is None else torch.sigmoid(scores_TE + gate_offset)
+    if len(x_TD) != 1:
+        mask_TE = mask_of_tokens(scores_TE, level, rule)
+        return sparse_ffn(x_TD, mask_TE, gates_TE, *weights, activation, expert_size)
+    experts_K = active_experts(scores_TE.view(-1), level, rule)
+    if _both_pay(len(experts_K) * expert_size, 1, up_FD, gate_FD, down_FD):
+        pairs = rows.pairs_of_experts(experts_K, expert_size, up_FD)
+        return _gathered(x_TD, pairs, gates_TE, *weights, activation, expert_size)
+    mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).index_fill_(1, experts_K, True)
+    return sparse_ffn(x_TD, mask_TE, gates_TE, *weights, activation, expert_size)
+
+
+def _both_pay(neurons: int, tokens: int, up_FD: Tensor, gate_FD: Tensor | None, down_FD: Tensor) -> bool:
+    return rows.sums_pay(neurons, tokens, down_FD) and _all_dots_pay(neurons, tokens, up_FD, gate_FD)
+
+
+def _gathered(
+    x_TD: Tensor,
+    pairs: rows.Pairs,
+    gates_TE: Tensor | None,
+    up_FD: Tensor,
+    up_F: Tensor | None,
+    gate_FD: Tensor | None,
+    gate_F: Tensor | None,
+    down_FD: Tensor,
+    down_D: Tensor | None,
+    activation: str,
+    expert_size: int,
+) -> Tensor:
+    h_P = rows.hidden_of_pairs(x_TD, pairs, up_FD, up_F, gate_FD, gate_F, activation)
+    return rows.sum_rows(rows.scale_pairs_(h_P, pairs, gates_TE, expert_size), pairs, down_FD, down_D)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_prunepath import cpu
-from torch_prunepath.config import Rule
 from torch_prunepath.ops import expert_down, expert_up, register_cuda, router_scores, select_experts
-from torch_prunepath.select import mask_from_scores
 
 
 @torch.library.custom_op("prunepath::sparse_ffn", mutates_args=())
@@ -62,33 +60,7 @@ def sparse_ffn(
     return expert_down(h_TF, mask_TE, gates_TE, down_FD, down_bias_D, expert_size)
 
 
-@sparse_ffn.register_kernel("cpu")
-def _sparse_ffn_cpu(
-    x_TD: Tensor,
-    router_ED: Tensor,
-    router_bias_E: Tensor | None,
-    tau: Tensor,
-    rule: Rule,
-    gate_offset: float | None,
-    up_FD: Tensor,
-    up_bias_F: Tensor | None,
-    gate_FD: Tensor | None,
-    gate_bias_F: Tensor | None,
-    down_FD: Tensor,
-    down_bias_D: Tensor | None,
-    activation: str,
-    expert_size: int,
-) -> Tensor:
-    gates_TE = None
-    if gate_offset is None and float(tau) >= 1:
-        # Nobody needs the scores.
-        mask_TE = torch.ones(x_TD.shape[0], router_ED.shape[0], dtype=torch.bool)
-    else:
-        scores_TE = cpu.scores(x_TD, router_ED, router_bias_E)
-        mask_TE = mask_from_scores(scores_TE, tau, rule)
-        gates_TE = None if gate_offset is None else torch.sigmoid(scores_TE + gate_offset)
-    weights = up_FD, up_bias_F, gate_FD, gate_bias_F, down_FD, down_bias_D
-    return cpu.sparse_ffn(x_TD, mask_TE, gates_TE, *weights, activation, expert_size)
+sparse_ffn.register_kernel("cpu")(cpu.routed_ffn)
 
 
 @sparse_ffn.register_fake

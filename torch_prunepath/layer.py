@@ -147,15 +147,14 @@ class SparseFFN(RoutedExperts):
 
     def _takes_one_operator(self, view: FFNView, x_TD: Tensor) -> bool:
         """Whether nobody needs what lies between the router's input and the output: no gradient, hook or dropout."""
-        weight = weight_out_in(view.down)
         return (
             not torch.is_grad_enabled()
             and not self.training
-            and not self.routing_hooks
+            and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
             and not _watched(self.router)
             and _plain(view.up, view.gate, view.down)
-            and x_TD.dtype == weight.dtype == weight_out_in(view.up).dtype
+            and x_TD.dtype == weight_out_in(view.up).dtype == weight_out_in(view.down).dtype
             and not torch.is_autocast_enabled(x_TD.device.type)
         )
 

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from torch_prunepath import cpu
+from torch_prunepath import cpu, cpu_dense
 from torch_prunepath.activations import ACTIVATION_BACKWARDS, ACTIVATIONS
+from torch_prunepath.config import Rule
+from torch_prunepath.cpu_select import mask_of_tokens
 from torch_prunepath.select import mask_from_scores
 
 
@@ -62,7 +64,7 @@ def router_scores(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Ten
 @router_scores.register_kernel("cpu")
 def _router_scores_cpu(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        return cpu.scores(x_TD, weight_ED, bias_E)
+        return cpu_dense.scores(x_TD, weight_ED, bias_E)
 
 
 @router_scores.register_fake
@@ -114,6 +116,11 @@ router_scores.register_autograd(_router_scores_autograd, setup_context=_router_s
 def select_experts(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
     """:func:`torch_prunepath.select.select_experts` as an operator; ``tau``: 0-d float32. No gradient."""
     return mask_from_scores(scores_TE, tau, rule)  # type: ignore[arg-type]
+
+
+@select_experts.register_kernel("cpu")
+def _select_experts_cpu(scores_TE: Tensor, tau: Tensor, rule: Rule) -> Tensor:
+    return mask_of_tokens(scores_TE, float(tau), rule)
 
 
 @select_experts.register_fake

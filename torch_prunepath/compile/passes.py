@@ -35,7 +35,7 @@ from torch_prunepath.compile.graph import (
 from torch_prunepath.compile.inline import inline
 from torch_prunepath.fused import sparse_ffn
 
-KERNEL_TOKENS = 64
+KERNEL_TOKENS = 16
 """The kernels of sparse layers gain nothing on more tokens; there Inductor is given plain operators to fuse."""
 
 Pass = Callable[[fx.Graph, bool], int]

@@ -1,0 +1,170 @@
+"""Times each Triton kernel of a sparse FFN by itself, and all together: where the time between dense and floor goes.
+
+    python benchmarks/kernels.py --geometry qwen2-7b --tokens 1 4 16 --sparsity 0.5 0.8 0.9 0.95
+
+Every kernel runs over several layers inside a CUDA graph, so that weights come from memory; medians of the replays. The
+down kernel's time has that of clearing its counters in it. Random weights and routers as in ``prunepath bench ffn``. Needs
+a CUDA device. Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from torch_prunepath.bench.geometry import GEOMETRIES
+from torch_prunepath.bench.timing import Captured, copy_bandwidth
+from torch_prunepath.csrc_triton import ffn
+from torch_prunepath.csrc_triton.order import Workspace, workspace
+
+ROUNDS = 30
+SCORE_SPREAD = 3.0
+PARTS = ("router", "selection", "up", "down", "together")
+
+
+class Layer:
+    """One layer's weights, and what its kernels hand on."""
+
+    def __init__(self, hidden: int, width: int, gated: bool, activation: str, size: int, device: str = "cuda") -> None:
+        def random(*shape: int, scale: float) -> Tensor:
+            return torch.randn(*shape, device=device, dtype=torch.bfloat16) * scale
+
+        self.experts, self.size, self.activation = -(-width // size), size, activation
+        self.router = random(self.experts, hidden, scale=SCORE_SPREAD * hidden**-0.5)
+        self.up = random(width, hidden, scale=hidden**-0.5)
+        self.gate = random(width, hidden, scale=hidden**-0.5) if gated else None
+        self.down_rows = random(width, hidden, scale=width**-0.5)
+        self.tau = torch.tensor(0.5, device=device)
+        self.hidden, self.width = hidden, width
+
+    def begin(self, tokens: int) -> None:
+        self.x = torch.randn_like(self.up[:tokens])
+        self.tokens = tokens
+        dtype = torch.float32 if tokens == 1 else torch.bfloat16
+        self.h = torch.empty(tokens, self.width, dtype=dtype, device=self.up.device)
+        self.work, self.spare = self._workspace(), self._workspace()
+
+    def _workspace(self) -> Workspace:
+        return workspace(self.experts, ffn.column_blocks(self.tokens, self.hidden), self.x.device)
+
+    def set_sparsity(self, sparsity: float) -> float:
+        """Choose tau; return the share of inactive experts that it gives."""
+        p = ffn.router_scores(self.x, self.router, None).softmax(-1).sort(-1, descending=True)[0]
+        before = p.cumsum(-1) - p
+        tau = torch.quantile(before.flatten()[:: max(1, before.numel() // 2**20)].float(), 1 - sparsity)
+        self.tau.copy_(tau.clamp(1e-6, 1.0))
+        self.run_router(self.work)
+        self.run_selection(self.work)
+        self.run_up()
+        return 1.0 - float(self.mask.float().mean())
+
+    def run_router(self, work: Workspace) -> None:
+        run = ffn.router_one if self.tokens == 1 else ffn.router_split
+        self.parts = run(self.x, self.router, None, work)
+
+    def run_selection(self, work: Workspace) -> None:
+        if self.tokens <= ffn.RANK_TOKENS:
+            self.mask, self.weights = ffn.rank(self.parts, self.tau, "reach", None, work)
+        else:
+            self.mask, self.weights = ffn.select_weights(self.parts, self.tau, "reach", None, work.used_E)
+
+    def run_up(self) -> None:
+        gate = (self.gate, None)
+        ffn.up(self.x, self.mask, None, self.up, None, *gate, self.activation, self.size, self.work, self.h)
+
+    def run_down(self) -> None:
+        self.work.arrivals.zero_()
+        ffn.down(self.h, self.work, self.down_rows, None, self.size, torch.bfloat16, early=False)
+
+    def run_together(self) -> None:
+        weights = (self.up, None, self.gate, None, self.down_rows, None)
+        ffn.sparse_ffn(self.x, self.router, None, self.tau, "reach", None, *weights, self.activation, self.size)
+
+    def bytes_of(self, part: str) -> float:
+        """What a part reads of the weights."""
+        used = float(self.mask.any(0).float().mean())
+        up = self.up.nbytes * (1 if self.gate is None else 2) * used
+        each = {"router": self.router.nbytes, "selection": 0, "up": up, "down": self.down_rows.nbytes * used}
+        return sum(each.values()) if part == "together" else each[part]
+
+
+def median_us(call: Callable[[], None], layers: int) -> float:
+    replay = Captured(call)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
+    for start, stop in events:
+        start.record()
+        replay()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3 / layers
+
+
+def measure(layers: list[Layer]) -> dict[str, float]:
+    def over(part: str) -> Callable[[], None]:
+        def call() -> None:
+            for layer in layers:
+                run = getattr(layer, f"run_{part}")
+                # A second workspace, so that what up and down read stays as it is.
+                run(layer.spare) if part in ("router", "selection") else run()
+
+        return call
+
+    return {part: median_us(over(part), len(layers)) for part in PARTS}
+
+
+def commit() -> str | None:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return done.stdout.strip() or None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="qwen2-7b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95])
+    parser.add_argument("--expert-size", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    shape = GEOMETRIES[arguments.geometry]
+    each = 2 * shape.hidden_size * shape.ffn_size * (2 if shape.plain else 3)
+    count = max(4, int(4 * torch.cuda.get_device_properties(0).L2_cache_size / (each * 0.05)))
+    count = min(count, int(20e9 / each), 48)
+    size = arguments.expert_size
+    with torch.no_grad():
+        layers = [
+            Layer(shape.hidden_size, shape.ffn_size, not shape.plain, shape.activation, size) for _ in range(count)
+        ]
+        bandwidth = copy_bandwidth(torch.device("cuda"))
+        print(
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, commit {commit()}"
+        )
+        print(f"copy {bandwidth / 1e12:.2f} TB/s; {count} layers; microseconds, in brackets by bytes alone")
+        print(f"{'tokens':>6} {'sparsity':>8} " + " ".join(f"{part:>15}" for part in PARTS))
+        rows = []
+        for tokens in arguments.tokens:
+            for layer in layers:
+                layer.begin(tokens)
+            for sparsity in arguments.sparsity:
+                real = statistics.mean(layer.set_sparsity(sparsity) for layer in layers)
+                times = measure(layers)
+                floors = {part: layers[0].bytes_of(part) / bandwidth * 1e6 for part in PARTS}
+                rows.append({"tokens": tokens, "sparsity": real, "us": times, "floor_us": floors})
+                cells = " ".join(f"{times[part]:7.2f} ({floors[part]:5.2f})" for part in PARTS)
+                print(f"{tokens:>6} {real:>8.1%} {cells}", flush=True)
+    if arguments.json:
+        record = {"geometry": arguments.geometry, "expert_size": size, "commit": commit(), "rows": rows}
+        arguments.json.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
