@@ -3,8 +3,8 @@
     python benchmarks/kernels.py --geometry qwen2-7b --tokens 1 4 16 --sparsity 0.5 0.8 0.9 0.95
 
 Every kernel runs over several layers inside a CUDA graph, so that weights come from memory; medians of the replays. The
-down kernel's time has that of clearing its counters in it. Random weights and routers as in ``prunepath bench ffn``. Needs
-a CUDA device. Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
+down kernel's time includes clearing its counters. Random weights and routers as in ``prunepath bench ffn``. Needs a CUDA
+device. Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import argparse
 import json
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -127,6 +128,26 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def build(geometry: str, size: int) -> list[Layer]:
+    """Layers whose rows at 95% sparsity exceed four L2 caches, if memory allows."""
+    shape = GEOMETRIES[geometry]
+    each = 2 * shape.hidden_size * shape.ffn_size * (2 if shape.plain else 3)
+    wanted = int(4 * torch.cuda.get_device_properties(0).L2_cache_size / (each * 0.05))
+    count = min(max(4, wanted), int(20e9 / each), 48)
+    sizes = (shape.hidden_size, shape.ffn_size, not shape.plain, shape.activation, size)
+    return [Layer(*sizes) for _ in range(count)]
+
+
+def rows(layers: list[Layer], tokens: int, sparsities: list[float], bandwidth: float) -> Iterator[dict[str, Any]]:
+    for layer in layers:
+        layer.begin(tokens)
+    for sparsity in sparsities:
+        real = statistics.mean(layer.set_sparsity(sparsity) for layer in layers)
+        floors = {part: layers[0].bytes_of(part) / bandwidth * 1e6 for part in PARTS}
+        yield {"tokens": tokens, "sparsity": real, "us": measure(layers), "floor_us": floors}
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="qwen2-7b")
@@ -135,35 +156,21 @@ def main() -> None:
     parser.add_argument("--expert-size", type=int, default=32)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    shape = GEOMETRIES[arguments.geometry]
-    each = 2 * shape.hidden_size * shape.ffn_size * (2 if shape.plain else 3)
-    count = max(4, int(4 * torch.cuda.get_device_properties(0).L2_cache_size / (each * 0.05)))
-    count = min(count, int(20e9 / each), 48)
-    size = arguments.expert_size
-    with torch.no_grad():
-        layers = [
-            Layer(shape.hidden_size, shape.ffn_size, not shape.plain, shape.activation, size) for _ in range(count)
-        ]
-        bandwidth = copy_bandwidth(torch.device("cuda"))
-        print(
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, commit {commit()}"
-        )
-        print(f"copy {bandwidth / 1e12:.2f} TB/s; {count} layers; microseconds, in brackets by bytes alone")
-        print(f"{'tokens':>6} {'sparsity':>8} " + " ".join(f"{part:>15}" for part in PARTS))
-        rows = []
-        for tokens in arguments.tokens:
-            for layer in layers:
-                layer.begin(tokens)
-            for sparsity in arguments.sparsity:
-                real = statistics.mean(layer.set_sparsity(sparsity) for layer in layers)
-                times = measure(layers)
-                floors = {part: layers[0].bytes_of(part) / bandwidth * 1e6 for part in PARTS}
-                rows.append({"tokens": tokens, "sparsity": real, "us": times, "floor_us": floors})
-                cells = " ".join(f"{times[part]:7.2f} ({floors[part]:5.2f})" for part in PARTS)
-                print(f"{tokens:>6} {real:>8.1%} {cells}", flush=True)
+    layers = build(arguments.geometry, arguments.expert_size)
+    bandwidth = copy_bandwidth(torch.device("cuda"))
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, commit {commit()}"
+    print(f"{torch.cuda.get_device_name()}, {versions}")
+    print(f"copy {bandwidth / 1e12:.2f} TB/s; {len(layers)} layers; microseconds, in brackets by bytes alone")
+    print(f"{'tokens':>6} {'sparsity':>8} " + " ".join(f"{part:>15}" for part in PARTS))
+    record = []
+    for tokens in arguments.tokens:
+        for row in rows(layers, tokens, arguments.sparsity, bandwidth):
+            cells = " ".join(f"{row['us'][part]:7.2f} ({row['floor_us'][part]:5.2f})" for part in PARTS)
+            print(f"{tokens:>6} {row['sparsity']:>8.1%} {cells}", flush=True)
+            record.append(row)
     if arguments.json:
-        record = {"geometry": arguments.geometry, "expert_size": size, "commit": commit(), "rows": rows}
-        arguments.json.write_text(json.dumps(record, indent=1))
+        about = {"geometry": arguments.geometry, "expert_size": arguments.expert_size, "versions": versions}
+        arguments.json.write_text(json.dumps(about | {"rows": record}, indent=1))
 
 
 if __name__ == "__main__":

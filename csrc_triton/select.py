@@ -1,6 +1,6 @@
 """Selection of many tokens: scores -> active experts, one program a token.
 
-A search over the scores' order finds the lowest score of which something is active; ties are then counted off by index.
+A search finds the lowest score of which something is active; ties are then counted off by index.
 
 Shapes: T tokens, E experts.
 """
@@ -13,14 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_prunepath.csrc_triton.jit import begin, launch_options, overlaps
-
-
-@triton.jit
-def _order_key(z):
-    """float32 -> int32 of the same order; -0 and 0 are one key."""
-    bits = (z + 0.0).to(tl.int32, bitcast=True)
-    bits = tl.where(z == 0, 0, bits)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -50,31 +42,36 @@ def _select(
     for split in tl.static_range(1, SPLITS):
         z += tl.load(scores_ptr + split * stride_split + t * stride_t + j, mask=j < E, other=0.0)
     tau = tl.load(tau_ptr)
-    p = tl.exp(z - tl.max(z, axis=0))
+    hi = tl.max(z, axis=0)
+    p = tl.exp(z - hi)
     total = tl.sum(p, axis=0)
-    key = _order_key(z)
-    hi = tl.max(key, axis=0)
-    lo = tl.min(key, axis=0)
-    while lo < hi:
-        # Every WAYS-th of the range at once, down to single keys.
-        step = tl.maximum(((hi >> 1) - (lo >> 1)) // ((WAYS + 1) // 2), 1)
-        probes = tl.minimum(lo.to(tl.int64) + tl.arange(0, WAYS).to(tl.int64) * step, hi.to(tl.int64) - 1).to(tl.int32)
-        masses = tl.sum(tl.where(key[None, :] > probes[:, None], p[None, :], 0.0), axis=1)
+    # The lowest score of which something is active lies in (lo, hi]: what is 128 lower has no probability left.
+    lo = hi - 128.0
+    parts = (tl.arange(0, WAYS) + 1).to(tl.float32) / (WAYS + 1)
+    more = hi > lo
+    while more:
+        probes = lo + (hi - lo) * parts
+        masses = tl.sum(tl.where(z[None, :] > probes[:, None], p[None, :], 0.0), axis=1)
         enough = masses < tau * total
-        hi = tl.minimum(hi, tl.min(tl.where(enough, probes, 0x7FFFFFFF), axis=0))
-        lo = tl.maximum(lo, tl.max(tl.where(enough, lo, probes + 1), axis=0))
-    ahead = tl.sum(tl.where(key > hi, p, 0.0), axis=0)
-    tied = key == hi
+        upper = tl.minimum(hi, tl.min(tl.where(enough, probes, hi), axis=0))
+        lower = tl.maximum(lo, tl.max(tl.where(enough, lo, probes), axis=0))
+        left = tl.sum(((z > lower) & (z <= upper)).to(tl.int32), axis=0)
+        # Equal scores cannot be told apart: then until no float lies between.
+        more = (left > 1) & ((upper < hi) | (lower > lo))
+        hi, lo = upper, lower
+    lowest = tl.max(tl.where(z <= hi, z, -float("inf")), axis=0)
+    ahead = tl.sum(tl.where(z > lowest, p, 0.0), axis=0)
+    tied = z == lowest
     before = tl.cumsum(tied.to(tl.int32), axis=0) - tied.to(tl.int32)
     if BELOW:
         # The first of the highest ones is active however much mass it has.
-        first = before + tl.sum((key > hi).to(tl.int32), axis=0) == 0
+        first = before + tl.sum((z > lowest).to(tl.int32), axis=0) == 0
         fits = (ahead + (before + 1).to(tl.float32) * p < tau * total) | first
     else:
         fits = ahead + before.to(tl.float32) * p < tau * total
     # As numbers: the interpreter cannot join a block of bools and a single one.
     everything = ((tau >= 1.0) | (total != total)).to(tl.int32)
-    active = ((key > hi) | (tied & fits)).to(tl.int32) + everything > 0
+    active = ((z > lowest) | (tied & fits)).to(tl.int32) + everything > 0
     tl.store(mask_ptr + t * E + j, active, mask=j < E)
     if WEIGHTS:
         weight = tl.sigmoid(z + gate_offset) if SIGMOID else tl.full((BLOCK_E,), 1.0, tl.float32)
@@ -84,10 +81,8 @@ def _select(
 
 
 def _config(tokens: int, block: int) -> dict[str, int]:
-    """Many tokens fill the device with one warp each; few are done sooner if each has several."""
-    if tokens > 64:
-        return {"WAYS": 2, "num_warps": 1 if block <= 1024 else 4}
-    return {"WAYS": 8, "num_warps": 8}
+    """One warp needs no barriers; more probes at once pay while tokens do not fill the device."""
+    return {"WAYS": 4 if tokens <= 64 else 2, "num_warps": 1 if block <= 1024 else 4}
 
 
 def _launch(

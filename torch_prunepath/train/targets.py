@@ -1,0 +1,58 @@
+"""What a sparse layer is trained towards, computed densely from its own experts, without gradient.
+
+Shapes: N tokens, D hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.router import contribution_shares
+from torch_prunepath.train.tape import RoutedCall
+
+
+@torch.no_grad()
+def expert_shares(view: FFNView, x_ND: Tensor, expert_size: int) -> Tensor:
+    """Each expert's share of the contribution norm on these inputs, float32 ``[N, E]``; rows sum to 1 (or are 0).
+
+    Under autocast the hidden activations are computed in its dtype, the norms in float32.
+    """
+    h_NF = view.hidden(x_ND)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return contribution_shares(h_NF, view.down_FD, expert_size)
+
+
+@torch.no_grad()
+def dense_output(view: FFNView, x_ND: Tensor) -> Tensor:
+    """What the FFN answers with every expert active and all gates 1, dropouts left out: ``[N, D] -> [N, D]``."""
+    h_NF = view.hidden(x_ND)
+    bias_D = view.down_bias_D
+    return nnf.linear(h_NF, view.down_FD.t().to(h_NF.dtype), None if bias_D is None else bias_D.to(h_NF.dtype))
+
+
+def fit_sample(call: RoutedCall, tokens: int, seed: str, detach: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores, contribution shares and weights of a random subset of a call's tokens.
+
+    Args:
+        call: from a tape that keeps inputs.
+        tokens: size of the subset, drawn without regard to padding (whose weight is 0); all if there are no more.
+        seed: decides the subset; equal seeds and token counts give equal subsets.
+        detach: let the scores' gradient reach the router only, not what computed its input.
+
+    Returns:
+        ``[N, E]`` with graph, ``[N, E]`` without, ``[N]`` or None.
+    """
+    assert call.x_TD is not None, "the tape keeps no inputs"
+    x_ND, scores_NE, weight_N = call.x_TD, call.scores_TE, call.weight_T
+    if tokens < x_ND.shape[0]:
+        generator = torch.Generator().manual_seed(seed_of(seed))
+        some_N = torch.randperm(x_ND.shape[0], generator=generator)[:tokens].to(x_ND.device, non_blocking=True)
+        x_ND, scores_NE = x_ND[some_N], scores_NE[some_N]
+        weight_N = None if weight_N is None else weight_N[some_N]
+    if detach:
+        scores_NE = call.layer.router(x_ND.detach())
+    shares_NE = expert_shares(call.view, x_ND.detach(), call.layer.experts.expert_size)
+    return scores_NE, shares_NE, weight_N
