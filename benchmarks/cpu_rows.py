@@ -3,6 +3,7 @@
     python benchmarks/cpu_rows.py --geometry llama-3.2-1b --expert-size 32 --dtype float32 bfloat16 --batch 1
     python benchmarks/cpu_rows.py --geometry smollm2-135m --expert-size 8 --batch 1 2 4 16 --sparsity 0.5 0.8
     python benchmarks/cpu_rows.py --geometry llama-3.2-1b --batch 4 --sparsity 0.5 0.8 --parts
+    python benchmarks/cpu_rows.py --published -o benchmarks/results
 
 Weights are random, the same in every layer; routers are random, another in every layer, and tau is set for each so
 that the mean sparsity over the tokens is the one asked for. Layers take turns, so that no cache holds the next one's
@@ -14,10 +15,16 @@ eager path in place of the whole one. ``--parts`` shows where gathering rows bre
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -37,6 +44,19 @@ GEOMETRIES = {  # D, F
     "llama-3-8b": (4096, 14336),
 }
 Call = Callable[[], Tensor]
+Row = dict[str, Any]
+Measure = Callable[..., Row]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure of one geometry: every dtype with every batch at every sparsity."""
+
+    geometry: str
+    expert_size: int
+    dtypes: list[str]
+    batches: list[int]
+    sparsities: list[float]
 
 
 @dataclass
@@ -113,7 +133,7 @@ def time_all(series: list[list[Call]], seconds: float) -> list[tuple[float, floa
     return [(statistics.median(found), min(found)) for found in times]
 
 
-def whole(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> str:
+def whole(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
     found = set_sparsity(layers, x_TD, sparsity)
     layers[0].check(x_TD, size)
     dense, sparse, operators = time_all(
@@ -124,12 +144,11 @@ def whole(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds
         ],
         seconds,
     )
-    ratios = f"{dense[0] / sparse[0]:.2f}x ({dense[1] / sparse[1]:.2f}x)"
-    cells = [f"{a:.0f} ({b:.0f})" for a, b in (dense, sparse, operators)]
-    return " | ".join([f"{found:.0%}", *cells, ratios])
+    times = {"dense": dense, "sparse": sparse, "operators": operators}
+    return {"sparsity": found, **times, "ratio": (dense[0] / sparse[0], dense[1] / sparse[1])}
 
 
-def parts(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> str:
+def parts(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
     """One projection each, whatever the library would choose."""
     found = set_sparsity(layers, x_TD, sparsity)
     pairs = [cpu_rows.find_pairs(c.mask_TE, size, c.up_FD) for c in layers]
@@ -144,8 +163,62 @@ def parts(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds
         ],
         seconds,
     )
-    share = f"{len(pairs[0].rows_P) / len(layers[0].up_FD):.2f}"
-    return " | ".join([f"{found:.0%}", share, *(f"{a:.0f} ({b:.0f})" for a, b in (up, dot, down, total))])
+    share = len(pairs[0].rows_P) / len(layers[0].up_FD)
+    return {"sparsity": found, "P / F": share, "up": up, "dot_rows": dot, "down": down, "sum_rows": total}
+
+
+def cell(name: str, value: Any) -> str:
+    """A median and, in brackets, the minimum of microseconds or of ratios; a share; or a word."""
+    if isinstance(value, tuple):
+        return "{:.2f}x ({:.2f}x)".format(*value) if name == "ratio" else "{:.0f} ({:.0f})".format(*value)
+    return f"{value:.0%}" if isinstance(value, float) else str(value)
+
+
+def line(row: Row) -> str:
+    return f"| {' | '.join(cell(*item) for item in row.items())} |"
+
+
+def measure(plan: Plan, function: Measure, seconds: float, gigabytes: float) -> Iterator[Row]:
+    for name in plan.dtypes:
+        dtype = getattr(torch, name)
+        layers = build(plan.geometry, plan.expert_size, dtype, gigabytes * 1e9)
+        for batch in plan.batches:
+            x_TD = torch.randn(batch, GEOMETRIES[plan.geometry][0]).to(dtype)
+            for sparsity in plan.sparsities:
+                key = {"geometry": plan.geometry, "dtype": name, "S": plan.expert_size, "T": batch}
+                yield key | function(layers, x_TD, plan.expert_size, sparsity, seconds)
+
+
+def published() -> list[Plan]:
+    both, many, high = ["float32", "bfloat16"], [2, 4, 8, 16, 64, 512], [0.5, 0.8, 0.9, 0.95]
+    sizes = {"smollm2-135m": 8, "llama-3.2-1b": 32, "qwen2-7b": 32, "llama-3-8b": 32}
+    plans = [Plan(name, size, both, [1], high) for name, size in sizes.items()]
+    return plans + [Plan(name, sizes[name], both, many, [0.5, 0.8]) for name in ("smollm2-135m", "llama-3.2-1b")]
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def save(folder: Path, rows: list[Row]) -> None:
+    about = machine() | {"command": f"python {shlex.join(sys.argv)}", "commit": commit()}
+    (folder / "cpu-rows.json").write_text(json.dumps(about | {"unit": "microseconds", "rows": rows}, indent=1) + "\n")
+    hardware, versions = about["hardware"], about["versions"]
+    lines = [
+        "# A sparse FFN on the CPU",
+        "",
+        "Microseconds of one gated FFN, router included; medians, minima in brackets. S: neurons an expert, T: tokens.",
+        "",
+        f"{hardware['cpu']}, {hardware['threads']} threads; {', '.join(f'{k} {v}' for k, v in versions.items())};",
+        f"commit {about['commit']}; `{about['command']}`",
+        "",
+        f"| {' | '.join(rows[0])} |",
+        f"|{'---|' * len(rows[0])}",
+        *map(line, rows),
+    ]
+    (folder / "cpu-rows.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -158,22 +231,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of weights that take turns")
     parser.add_argument("--parts", action="store_true", help="one projection each, in place of the whole FFN")
+    parser.add_argument("--published", action="store_true", help="the published table, whatever else is asked for")
+    parser.add_argument("-o", "--output", type=Path, help="folder for cpu-rows.json and cpu-rows.md")
     args = parser.parse_args()
     torch.manual_seed(0)
+    asked = [Plan(name, args.expert_size, args.dtype, args.batch, args.sparsity) for name in args.geometry]
+    rows: list[Row] = []
     print(f"{machine()}, {torch.get_num_threads()} threads")
-    columns = (
-        ["P / F", "up", "dot_rows", "down", "sum_rows"] if args.parts else ["dense", "sparse", "operators", "ratio"]
-    )
-    print(" | ".join(["geometry", "dtype", "S", "T", "sparsity", *columns]))
-    measure = parts if args.parts else whole
-    for geometry in args.geometry:
-        for name in args.dtype:
-            layers = build(geometry, args.expert_size, getattr(torch, name), args.gigabytes * 1e9)
-            for batch in args.batch:
-                x_TD = torch.randn(batch, GEOMETRIES[geometry][0]).to(getattr(torch, name))
-                for sparsity in args.sparsity:
-                    row = measure(layers, x_TD, args.expert_size, sparsity, args.seconds)
-                    print(f"{geometry} | {name} | {args.expert_size} | {batch} | {row}", flush=True)
+    for plan in published() if args.published else asked:
+        for row in measure(plan, parts if args.parts else whole, args.seconds, args.gigabytes):
+            if not rows:
+                print(f"| {' | '.join(row)} |")
+            rows.append(row)
+            print(line(row), flush=True)
+    if args.output:
+        save(args.output, rows)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/kernels.py --geometry qwen2-7b --tokens 1 4 16 --sparsity 0.5 0.8 0.9 0.95
 
 Every kernel runs over several layers inside a CUDA graph, so that weights come from memory; medians of the replays. The
-down kernel's time includes clearing its counters. Random weights and routers as in ``prunepath bench ffn``. Needs a CUDA
-device. Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
+down kernel's time includes clearing its counters. Random weights and routers as in ``prunepath bench ffn``. Needs a
+CUDA device. Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
 """
 
 from __future__ import annotations

@@ -6,15 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_prunepath import cpu, cpu_dense, cpu_rows, ops
+import torch_prunepath.layer
+from torch_prunepath import SparsifyConfig, cpu, cpu_dense, cpu_rows, cpu_select, ops, sparsify
 from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.config import Rule
 from torch_prunepath.fused import sparse_ffn
 from torch_prunepath.reference import select_reference
+from torch_prunepath.select import mask_from_scores
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -286,3 +290,121 @@ def test_where_gathering_pays(
     rows = torch.empty(shape, dtype=dtype, device="meta")
     assert cpu_rows.dots_pay(int(share * shape[0]), tokens, rows) is pays
     assert cpu_rows.sums_pay(int(share * shape[0]), tokens, rows) >= pays
+
+
+@pytest.mark.parametrize("rule", ["reach", "below"])
+@given(
+    T=st.integers(1, 5),
+    E=st.integers(1, 70),
+    tau=st.one_of(st.floats(1e-3, 1.0), st.just(0.5)),
+    levels=st.sampled_from([1, 2, 5, None]),
+    scale=st.floats(0.1, 30),
+    seed=st.integers(0, 1000),
+)
+def test_selection_is_the_definition(
+    rule: Rule, T: int, E: int, tau: float, levels: int | None, scale: float, seed: int
+) -> None:
+    """Bit for bit: with ties, which few levels of scores bring about, and with scores so far apart that p is 0."""
+    scores = scale * torch.randn(T, E, generator=torch.Generator().manual_seed(seed))
+    if levels is not None:
+        scores = torch.randint(levels, (T, E), generator=torch.Generator().manual_seed(seed)).float()
+    level = torch.tensor(tau)
+    expected = mask_from_scores(scores, level, rule)
+    assert torch.equal(cpu_select.mask_of_tokens(scores, float(level), rule), expected)
+    for scores_E, mask_E in zip(scores, expected, strict=True):
+        active = cpu_select.active_experts(scores_E, float(level), rule)
+        assert torch.equal(active.sort().values, mask_E.nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("rule", ["reach", "below"])
+def test_nan_scores_activate_every_expert_of_their_token(rule: Rule) -> None:
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    scores[1, 7] = float("nan")
+    mask = cpu_select.mask_of_tokens(scores, 0.5, rule)
+    assert torch.equal(mask, mask_from_scores(scores, torch.tensor(0.5), rule))
+    assert mask[1].all() and not mask[0].all()
+    assert sorted(cpu_select.active_experts(scores[1], 0.5, rule).tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("T", [0, 1, 2, 33])
+@DTYPES
+def test_linear(T: int, transposed: bool, bias: bool, dtype: torch.dtype) -> None:
+    x, w, b = tokens(T, 45, dtype), tokens(77, 45, dtype), tokens(1, 77, dtype)[0]
+    w = w.t().contiguous().t() if transposed else w
+    found = cpu_dense.linear(x, w, b if bias else None)
+    expected = x.double() @ w.double().t() + (b.double() if bias else 0)
+    assert_near(found, expected, dtype)
+
+
+def test_linear_heeds_the_switch_of_onednn() -> None:
+    x, w = tokens(3, 45, torch.float32), tokens(77, 45, torch.float32)
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        with Names() as names:
+            cpu_dense.linear(x, w, None)
+    finally:
+        torch.backends.mkldnn.enabled = before
+    assert not any("mkldnn" in name for name in names.seen)
+
+
+class Names(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@DTYPES
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "odd"])
+@pytest.mark.parametrize(("F", "S"), [(64, 8), (72, 16), (60, 8), (35, 5), (7, 9)])
+def test_masking_in_place(F: int, S: int, offset: int, dtype: torch.dtype) -> None:
+    """Wide elements or not, also from an odd address; NaN of an inactive neuron does not stay."""
+    mask = random_mask(3, -(-F // S), 0.5)
+    h = tokens(1, 3 * F + offset, dtype)[0, offset:].view(3, F)
+    h = torch.where(tokens(3, F) > 1.5, float("nan"), h) if not offset else h
+    expected = ops.zero_inactive(h, mask, S)
+    torch.testing.assert_close(cpu_dense.mask_(h, mask, S), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_bags_of_a_single_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large layers sum in a bag a thread, small ones in a single bag: the same sums."""
+    layer = Layer(**BIG)
+    mask = few_active(1, 32)
+    found = []
+    for small in (0, 1 << 40):
+        pairs = []
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_rows, "SMALL_BYTES", small)
+            pairs = cpu_rows.find_pairs(mask, BIG["S"], layer.up.float())
+        h = torch.ones(len(pairs.rows_P))
+        found.append(cpu_rows.sum_rows(h, pairs, layer.down.float(), None))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_skips_the_dispatch_unless_something_intercepts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = ARCHITECTURES["llama"]()
+    config = SparsifyConfig(expert_size=8, partition="contiguous", router="centroid", budget="uniform")
+    sparsify(model.eval(), tau=0.5, config=config, progress=False)
+    direct: list[int] = []
+
+    def watched(x_TD: Tensor, *args: object) -> Tensor:
+        direct.append(len(x_TD))
+        return cpu.routed_ffn(x_TD, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch_prunepath.layer, "routed_ffn", watched)
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        assert direct
+        direct.clear()
+        with Names() as names:
+            intercepted = model(**inputs)[0]
+    assert not direct and "prunepath.sparse_ffn.default" in names.seen
+    assert torch.equal(plain, intercepted)

@@ -22,7 +22,7 @@ FEW_TOKENS = 16
 """Calls of at most this many tokens may read only active rows."""
 
 SMALL_BYTES = 512 << 10
-"""A projection below this size is done before the rows are listed."""
+"""A projection below this size is done before rows are listed; a sum of fewer bytes is not worth a second thread."""
 
 LARGE_BYTES = 8 << 20
 """From this size of a projection on, finding the pairs costs little beside reading their rows."""
@@ -71,7 +71,7 @@ def dots_pay(pairs: int, tokens: int, rows_FD: Tensor) -> bool:
         share = 1.8 * row_bytes / (row_bytes + 2200)
         share = 2 * share if tokens == 1 else share
     else:
-        share = 0.5 if rows_FD.element_size() > 4 else 3.0 if _bytes(rows_FD) >= LARGE_BYTES else 2.0
+        share = 0.5 if rows_FD.element_size() > 4 else 3.0 if rows_FD.nbytes >= LARGE_BYTES else 2.0
     return pairs <= share * rows_FD.shape[0]
 
 
@@ -80,7 +80,7 @@ def sums_pay(pairs: int, tokens: int, rows_FD: Tensor) -> bool:
 
     They pay longer: in 16 bits the dense product first copies a weight that is laid out by rows.
     """
-    if _bytes(rows_FD) >= LARGE_BYTES:
+    if rows_FD.nbytes >= LARGE_BYTES:
         share = 4.0
     else:
         share = 1.0 if rows_FD.element_size() == 2 else 2.0
@@ -89,12 +89,7 @@ def sums_pay(pairs: int, tokens: int, rows_FD: Tensor) -> bool:
 
 
 def _gatherable(tokens: int, rows_FD: Tensor) -> bool:
-    fits = 1 <= tokens <= FEW_TOKENS and rows_FD.stride(1) == 1
-    return fits and _bytes(rows_FD) >= SMALL_BYTES
-
-
-def _bytes(rows_FD: Tensor) -> int:
-    return rows_FD.numel() * rows_FD.element_size()
+    return 1 <= tokens <= FEW_TOKENS and rows_FD.stride(1) == 1 and rows_FD.nbytes >= SMALL_BYTES
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -122,7 +117,7 @@ def _pairs_of_one(rows_P: Tensor, row_bytes: int) -> Pairs:
     """One token: a bag for each thread, of equal lengths, or a single one where threads gain little."""
     zeros_P = torch.zeros_like(rows_P)
     if len(rows_P) * row_bytes < SMALL_BYTES:
-        return Pairs(rows_P, zeros_P, zeros_P.new_zeros(1) if not len(rows_P) else zeros_P[:1], 1)
+        return Pairs(rows_P, zeros_P, torch.zeros(1, dtype=torch.int64), 1)
     bags = torch.get_num_threads()
     return Pairs(rows_P, zeros_P, torch.arange(bags) * (len(rows_P) // bags), 1)
 

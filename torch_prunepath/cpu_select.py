@@ -1,6 +1,6 @@
 """Which experts are active, found fast on a CPU: equal to :func:`torch_prunepath.select.mask_from_scores`, bit for bit.
 
-NumPy sorts rows of float32 with vector instructions, over ten times faster than torch's stable sort, but without
+NumPy sorts rows of float32 with vector instructions, over ten times faster than torch's at 512 tokens, but without
 saying where each number came from. The mask needs that only where two experts of equal probability stand on both sides
 of the border.
 

@@ -21,6 +21,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer that stores its weight as ``[in, out]``."""
+    if type(module) is nn.Linear:  # decided at once: sparse layers ask in every call
+        return False
     weight = getattr(module, "weight", None)
     return (
         any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)

@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
-from torch_prunepath.ffn import FFNView, bias_of, is_transposed, site_name, weight_out_in
+from torch_prunepath.cpu import routed_ffn
+from torch_prunepath.ffn import FFNView, bias_of, site_name, weight_out_in
 from torch_prunepath.fused import sparse_ffn
 from torch_prunepath.ops import expert_down, expert_up, select_experts, weighted, zero_inactive
 from torch_prunepath.router import Router
@@ -129,6 +130,8 @@ def _checked_mask(name: str, replaced: Tensor, mask_TE: Tensor) -> Tensor:
 class SparseFFN(RoutedExperts):
     """A whole FFN that computes only the experts its router chooses."""
 
+    projection_types: tuple[type, ...]  # of the modules that discovery found to compute a linear layer
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
         shape = hidden_states.shape
@@ -140,7 +143,7 @@ class SparseFFN(RoutedExperts):
         h_TF = _up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
         if self.ffn.hidden_dropout is not None:
             h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
-        y_TD = _down(view.down, h_TF, mask_TE, gates_TE, self.experts.expert_size)
+        y_TD = _down(view, h_TF, mask_TE, gates_TE, self.experts.expert_size)
         if self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
@@ -153,14 +156,16 @@ class SparseFFN(RoutedExperts):
             and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
             and not _watched(self.router)
-            and _plain(view.up, view.gate, view.down)
+            and _plain(view, view.up, view.gate, view.down)
             and x_TD.dtype == weight_out_in(view.up).dtype == weight_out_in(view.down).dtype
             and not torch.is_autocast_enabled(x_TD.device.type)
         )
 
     def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:
         experts, router = self.experts, self.router
-        return sparse_ffn(
+        # The operator's dispatch costs as much as a small layer's projection.
+        compute = routed_ffn if _runs_here_and_now(x_TD) else sparse_ffn
+        return compute(
             x_TD,
             router.weight,
             router.bias,
@@ -225,11 +230,22 @@ class SparseDown(Swapped):
 # --- computation ------------------------------------------------------------------------------------------------------
 
 
-def _plain(*modules: nn.Module | None) -> bool:
+def _plain(view: FFNView, *modules: nn.Module | None) -> bool:
     """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks."""
+    known: tuple[type, ...] = view.owner.projection_types  # type: ignore[assignment]
     return all(
-        module is None or ((type(module) is nn.Linear or is_transposed(module)) and not _watched(module))
-        for module in modules
+        module is None or (any(type(module) is kind for kind in known) and not _watched(module)) for module in modules
+    )
+
+
+def _runs_here_and_now(x_TD: Tensor) -> bool:
+    """Whether the input is in this machine's memory and nobody traces, compiles or intercepts operators."""
+    return (
+        type(x_TD) is Tensor
+        and x_TD.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
     )
 
 
@@ -239,7 +255,7 @@ def _watched(module: nn.Module) -> bool:
 
 
 def _up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
-    if _plain(view.up, view.gate):
+    if _plain(view, view.up, view.gate):
         return _expert_up(x_TD, mask_TE, view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F, activation, size)
     # Something else computes these projections: let it, then drop what is inactive.
     act = ACTIVATIONS[activation]
@@ -269,10 +285,10 @@ def _expert_up(
     return expert_up(x_TD, mask_TE, up_FD, up_F, gate_FD, gate_F, activation, size)
 
 
-def _down(down: nn.Module, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
-    if _plain(down):
-        return _expert_down(down, h_TF, mask_TE, gates_TE, size)
-    y_TD: Tensor = down(weighted(h_TF, mask_TE, gates_TE, size))
+def _down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
+    if _plain(view, view.down):
+        return _expert_down(view.down, h_TF, mask_TE, gates_TE, size)
+    y_TD: Tensor = view.down(weighted(h_TF, mask_TE, gates_TE, size))
     return y_TD
 
 
@@ -339,6 +355,10 @@ def make_routed(
     site.router = router
     site.register_buffer("tau", torch.tensor(tau, dtype=torch.float32, device=device), persistent=False)
     site.register_buffer("permutation", order_F.to(device=device, dtype=torch.int32))
+    if isinstance(site, SparseFFN):
+        site.projection_types = tuple(
+            {type(module) for module in (view.up, view.gate, view.down) if module is not None}
+        )
     if isinstance(site, SparseUp):
         site.handoff = handoff = Handoff()
         view.down.__class__ = _sparse_class(type(view.down), SparseDown)  # type: ignore[arg-type]
@@ -346,13 +366,16 @@ def make_routed(
     return site
 
 
+_ROUTED_STATE = (
+    "router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "projection_types", "handoff"
+)  # fmt: skip
+_DOWN_STATE = ("handoff", "expert_size")
+
+
 def make_dense(view: FFNView) -> None:
     """Undo :func:`make_routed`, in place, also one that was interrupted. Neurons stay in expert order."""
     site = view.up if view.spec.split else view.owner
-    for module, names in (
-        (site, ("router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "handoff")),
-        (view.down, ("handoff", "expert_size")),
-    ):
+    for module, names in ((site, _ROUTED_STATE), (view.down, _DOWN_STATE)):
         if not is_sparse(module):
             continue
         for name in names:

@@ -69,7 +69,7 @@ class RoutingTape:
 
     def __init__(self, model: nn.Module, *, inputs: bool = True, outputs: bool = False) -> None:
         self._model, self._inputs, self._outputs = model, inputs, outputs
-        self._layers, self._views = sparse_layers(model), sparse_views(model)
+        self.layers, self._views = sparse_layers(model), sparse_views(model)
         self._depth = 0
         self._stack = contextlib.ExitStack()
         self._latest: dict[str, RoutedCall] = {}
@@ -81,7 +81,7 @@ class RoutingTape:
         enter(removing(self._model.register_forward_pre_hook(self._start)))
         enter(removing(self._model.register_forward_hook(self._end, always_call=True)))
         tracker = enter(PaddingTracker(self._model))
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             enter(removing(layer.register_routing_hook(self._record(name, tracker))))
             if self._outputs:
                 last = self._views[name].down if layer.ffn.split else layer
@@ -99,7 +99,7 @@ class RoutingTape:
         self._depth -= 1
 
     def _record(self, name: str, tracker: PaddingTracker) -> Callable[[Routing], None]:
-        layer, view = self._layers[name], self._views[name]
+        layer, view = self.layers[name], self._views[name]
 
         def hook(routing: Routing) -> None:
             if not self._depth:
@@ -133,7 +133,9 @@ class RoutingTape:
             ValueError: with what to do about it.
         """
         if not self.calls:
-            raise ValueError("no sparse layer ran while the tape was open: call the tape's own model inside the context")
+            raise ValueError(
+                "no sparse layer ran while the tape was open: call the tape's own model inside the context"
+            )
         for call in self.calls:
             if gradient and call.layer.router.weight.requires_grad and not call.scores_TE.requires_grad:
                 raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_prunepath.ffn import FFNView
 from torch_prunepath.router import contribution_shares
+from torch_prunepath.train.schedule import seed_of
 from torch_prunepath.train.tape import RoutedCall
 
 
@@ -33,13 +34,20 @@ def dense_output(view: FFNView, x_ND: Tensor) -> Tensor:
     return nnf.linear(h_NF, view.down_FD.t().to(h_NF.dtype), None if bias_D is None else bias_D.to(h_NF.dtype))
 
 
-def fit_sample(call: RoutedCall, tokens: int, seed: str, detach: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores, contribution shares and weights of a random subset of a call's tokens.
+def sample_tokens(total: int, tokens: int, seed: str, device: torch.device) -> Tensor | None:
+    """Places of ``tokens`` tokens out of ``total``, without replacement, the same for the same seed; None for all."""
+    if tokens >= total:
+        return None
+    generator = torch.Generator().manual_seed(seed_of(seed))
+    return torch.randperm(total, generator=generator)[:tokens].to(device, non_blocking=True)
+
+
+def fit_sample(call: RoutedCall, some_N: Tensor | None, detach: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores, contribution shares and weights of some of a call's tokens.
 
     Args:
         call: from a tape that keeps inputs.
-        tokens: size of the subset, drawn without regard to padding (whose weight is 0); all if there are no more.
-        seed: decides the subset; equal seeds and token counts give equal subsets.
+        some_N: which tokens, int64; None for all. Padding among them has weight 0.
         detach: let the scores' gradient reach the router only, not what computed its input.
 
     Returns:
@@ -47,9 +55,7 @@ def fit_sample(call: RoutedCall, tokens: int, seed: str, detach: bool) -> tuple[
     """
     assert call.x_TD is not None, "the tape keeps no inputs"
     x_ND, scores_NE, weight_N = call.x_TD, call.scores_TE, call.weight_T
-    if tokens < x_ND.shape[0]:
-        generator = torch.Generator().manual_seed(seed_of(seed))
-        some_N = torch.randperm(x_ND.shape[0], generator=generator)[:tokens].to(x_ND.device, non_blocking=True)
+    if some_N is not None:
         x_ND, scores_NE = x_ND[some_N], scores_NE[some_N]
         weight_N = None if weight_N is None else weight_N[some_N]
     if detach:

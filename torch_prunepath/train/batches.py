@@ -1,0 +1,112 @@
+"""From what the caller iterates over to model inputs with labels, and what counts in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_prunepath.data import Inputs, can_sample
+
+IGNORED = -100
+"""The label that no loss counts."""
+
+
+def as_dict(batch: Any) -> Inputs:
+    """The batch as a dict of its own.
+
+    Raises:
+        ValueError: if it is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch must be a dict of model inputs, not {type(batch).__name__}: wrap it in a collator")
+    return dict(batch)
+
+
+def with_labels(batch: Any, causal: bool) -> Inputs:
+    """A batch as a dict with labels; a causal language model's own tokens where it has none, padding left out.
+
+    Raises:
+        ValueError: if the batch is no mapping, or has no labels and the model is no causal language model.
+    """
+    inputs = as_dict(batch)
+    if inputs.get("labels") is None:
+        if not causal or not isinstance(inputs.get("input_ids"), Tensor):
+            raise ValueError("a batch has no 'labels': only a causal language model can take them from 'input_ids'")
+        inputs["labels"] = inputs["input_ids"].clone()
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == inputs["labels"].shape:
+            inputs["labels"].masked_fill_(mask == 0, IGNORED)
+    return inputs
+
+
+def on_device(batch: Inputs, device: torch.device) -> Inputs:
+    """The batch's tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def count_labels(batch: Inputs, causal: bool) -> Tensor:
+    """How many labels the model's mean loss is over, 0-d float32, on the batch's device."""
+    labels: Tensor = batch["labels"]
+    # A causal language model predicts each token from those before it: nothing predicts the first.
+    counted = labels[:, 1:] if causal and labels.dim() == 2 else labels
+    return (counted != IGNORED).sum().float()
+
+
+def count_tokens(batch: Inputs) -> Tensor:
+    """How many tokens are no padding, 0-d float32, on the batch's device; rows where there is no text."""
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask != 0).sum().float()
+    first = next((batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch.get(key), Tensor)), None)
+    if first is not None:
+        return torch.tensor(float(first.shape[0] * first.shape[1]))
+    return torch.tensor(float(next(v for v in batch.values() if isinstance(v, Tensor)).shape[0]))
+
+
+def logit_weights(batch: Inputs, shape: tuple[int, ...]) -> Tensor | None:
+    """Which of the logits' leading positions count, flattened float32; None for all."""
+    for key in ("decoder_attention_mask", "attention_mask"):
+        mask = batch.get(key)
+        if isinstance(mask, Tensor) and tuple(mask.shape) == shape:
+            # An encoder's mask may have the decoder's shape by chance; its labels tell.
+            if key == "attention_mask" and "decoder_input_ids" in batch:
+                continue
+            return mask.reshape(-1).float()
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and tuple(labels.shape) == shape and len(shape) == 2 and "attention_mask" in batch:
+        return (labels != IGNORED).reshape(-1).float()
+    return None
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model predicts each token of ``input_ids`` from those before."""
+    return can_sample(model)
+
+
+def endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
+    """The batches over and over, without the first ``skip``.
+
+    Raises:
+        ValueError: if they end and cannot be iterated again.
+    """
+    seen = 0
+    while True:
+        before = seen
+        for batch in batches:
+            seen += 1
+            if seen > skip:
+                yield batch
+        if seen == before:
+            raise ValueError(
+                f"the batches ended after {seen}: pass a list or a data loader, which can be iterated again, "
+                "or ask for fewer steps"
+            )
+
+
+def take(batches: Iterator[Any], number: int) -> list[Any]:
+    """The next ``number`` batches."""
+    return list(islice(batches, number))

@@ -1,0 +1,63 @@
+"""Named training configurations. Each returns a :class:`TrainConfig`; change fields with ``dataclasses.replace``.
+
+What is decided when the model is made sparse (experts, router initialisation, gate) belongs to
+:class:`torch_prunepath.SparsifyConfig`; each docstring says what its recipe goes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch_prunepath.train.config import TrainConfig
+from torch_prunepath.train.schedule import all_experts, draw, fixed_tau, hold, ramp
+
+
+def paper(epochs: float = 1.0, tau: float = 0.95) -> TrainConfig:
+    """PrunePath (arXiv 2605.28283) as its released code trains: task loss, entropy and load balance; tau is not held.
+
+    Two stages of ``epochs`` each: every expert active, then ``tau`` (released: 0.95 or 0.5). Goes with
+    ``SparsifyConfig(expert_size=32, partition="kmeans", router="zero", rule="below", gate="sigmoid",
+    budget="uniform")``. Warm-up and decay of the learning rate are this library's defaults.
+    """
+    return TrainConfig(
+        epochs=2 * epochs,
+        phases=(all_experts(), fixed_tau(tau)),
+        lr=1e-4,
+        router_lr=1e-3,
+        weight_decay=1e-2,
+        entropy=3e-4,
+        load_balance=1e-3,
+    )
+
+
+def ours(steps: int, low: float = 0.3, high: float = 0.9, distil: float = 0.0) -> TrainConfig:
+    """One checkpoint for every sparsity from ``low`` to ``high``: the target is drawn for each step and held.
+
+    The first fifth of the steps goes from every expert to the middle of the range. Routers follow what their experts
+    contribute (``contribution_fit``), as the weights change; with ``distil`` (needs a teacher) the dense model's logits
+    are a target besides the task. Goes with the default ``SparsifyConfig()``.
+    """
+    return TrainConfig(
+        steps=steps,
+        phases=(ramp(0.0, (low + high) / 2, share=1.0), draw(low, high, share=4.0)),
+        lr=2e-4,
+        router_lr=1e-3,
+        contribution_fit=0.1,
+        distill_logits=distil,
+    )
+
+
+def held(steps: int, sparsity: float, distil: float = 0.0) -> TrainConfig:
+    """As :func:`ours`, for one sparsity: a ramp over the first fifth of the steps, then held."""
+    return TrainConfig(
+        steps=steps,
+        phases=(ramp(0.0, sparsity, share=1.0), hold(sparsity, share=4.0)),
+        lr=2e-4,
+        router_lr=1e-3,
+        contribution_fit=0.1,
+        distill_logits=distil,
+    )
+
+
+RECIPES: dict[str, Callable[..., TrainConfig]] = {"paper": paper, "ours": ours, "held": held}
+"""The recipes by name."""
