@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from architectures import ARCHITECTURES
 from tiny_llama import tiny_llama
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_prunepath import SparsifyConfig, set_sparsity, sparse_layers, sparsify
 from torch_prunepath.sparsity import measure_sparsity
@@ -182,7 +185,13 @@ def test_router_only_training_leaves_the_trunk_bit_identical(name: str) -> None:
     before = weights(model)
     wanted = {n: p.requires_grad for n, p in model.named_parameters()}
     config = TrainConfig(steps=30, train="routers", task=0.0, contribution_fit=1.0, router_lr=1e-2, clip=None)
-    history = train(model, batches(), config, progress=False)
+    asked: list[set[str]] = []  # which parameters a backward pass is for
+
+    def note(state: TrainState, record: dict[str, float]) -> None:
+        asked.append({n for n, p in model.named_parameters() if p.requires_grad})
+
+    history = train(model, batches(), config, progress=False, callback=note)
+    assert all(".router." in n for names in asked for n in names) and asked[0]
     after = weights(model)
     for key in before:
         assert torch.equal(before[key], after[key]) != (".router." in key), key
@@ -255,6 +264,33 @@ def test_other_models_train_with_their_own_labels(name: str) -> None:
     data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
     history = train(model, data, config, teacher=teacher, progress=False)
     assert history[-1]["task"] < history[0]["task"]
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = model_of()
+    config = TrainConfig(steps=12, phases=(draw(0.3, 0.9),), **FAST)
+    history = train(DistributedDataParallel(model), batches(2, seed=rank), config, progress=False)
+    told = model.config.quantization_config["layers"][0]["tau"]
+    torch.save({"weights": model.state_dict(), "history": history, "tau": told}, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_stay_together(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1))
+    assert equal(first["weights"], second["weights"]) and first["history"] == second["history"]
+    assert first["tau"] == pytest.approx(first["history"][-1]["tau"])
+    # One process that accumulates both processes' batches does the same, but for rounding.
+    both = [batch for pair in zip(batches(2, seed=0), batches(2, seed=1), strict=True) for batch in pair]
+    config = TrainConfig(steps=12, phases=(draw(0.3, 0.9),), accumulation=2, **FAST)
+    alone = train(model_of(), both, config, progress=False)
+    for one, two in zip(alone, first["history"], strict=True):
+        assert two == pytest.approx(one, rel=1e-2)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

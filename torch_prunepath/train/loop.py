@@ -1,4 +1,4 @@
-"""The training loop: plain PyTorch, one sparse model, one device or a model spread over several."""
+"""The training loop: plain PyTorch, in one process or in one for each device (DistributedDataParallel)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from torch_prunepath.calibrate import quiet
 from torch_prunepath.data import Inputs, evaluation_mode
-from torch_prunepath.sparsity import layer_tau, set_tau, sparse_layers
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.sparsity import layer_tau, set_tau
 from torch_prunepath.train.batches import (
     as_dict,
     count_labels,
@@ -50,7 +53,8 @@ def train(
 
     Args:
         model: a sparse model whose weights are in the dtype that the optimiser shall work in (float32; see
-            ``config.autocast``).
+            ``config.autocast``); or one wrapped in ``DistributedDataParallel``, whose processes count alike whatever
+            number of tokens each has.
         batches: dicts of model inputs with ``labels``; or with ``input_ids`` alone, for a causal language model.
             Iterated over and over; in the same order each time if runs shall be resumable.
         config: see :class:`TrainConfig` and :mod:`torch_prunepath.train.recipes`.
@@ -108,13 +112,14 @@ class _Run:
         if state is not None and state.config != config:
             raise ValueError("the state is of another config: pass state.config, or start anew without state=")
         self.model, self.config, self.teacher, self.steps = model, config, teacher, steps
+        self.inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.tape = RoutingTape(
-            model, inputs=bool(config.contribution_fit or config.distill_ffn), outputs=bool(config.distill_ffn)
+            self.inner, inputs=bool(config.contribution_fit or config.distill_ffn), outputs=bool(config.distill_ffn)
         )
         check_model(model, self.tape, config, teacher)
         self.state = TrainState(model, config) if state is None else state
         self.device = next(model.parameters()).device
-        self.causal = is_causal(model)
+        self.causal = is_causal(self.inner)
         self.tau: float | None = None
 
     @contextlib.contextmanager
@@ -137,7 +142,7 @@ class _Run:
                 for p in frozen:
                     p.requires_grad_(True)
                 if self.tau is not None:
-                    set_tau(self.model, self.tau)
+                    set_tau(self.inner, self.tau)
 
     def step(self, group: Sequence[Any]) -> None:
         """One optimiser step over some batches."""
@@ -147,13 +152,13 @@ class _Run:
             settings["lr"] = settings["peak"] * factor
         aim = aim_at(config.phases, state.step, self.steps, config.seed)
         self.tau = state.controller.tau_for(aim.sparsity) if aim.tau is None else aim.tau  # type: ignore[arg-type]
-        write_tau(self.model, self.tau)
+        write_tau(self.tape.layers.values(), self.tau)
         stats = self.backward(group)
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_([p for g in state.optimizer.param_groups for p in g["params"]], config.clip)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        values = torch.stack([value.float() for value in stats.values()])
+        values = _over_processes(torch.stack([value.float() for value in stats.values()]))
         state.pending.append(Pending(state.step, self.tau, aim.sparsity, config.lr * factor, list(stats), values))
         state.step += 1
         state.remember_random(self.device)
@@ -179,7 +184,7 @@ class _Run:
 
     def _terms(self, batch: Inputs, seed: str) -> dict[str, Tensor]:
         autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.autocast)
-        inputs = quiet(self.model, batch if "task" in self.config.losses else self._without_loss(batch))
+        inputs = quiet(self.inner, batch if "task" in self.config.losses else self._without_loss(batch))
         teacher_logits = None
         with autocast():
             if self.teacher is not None:
@@ -204,12 +209,20 @@ class _Run:
         return records
 
 
+def _over_processes(values: Tensor) -> Tensor:
+    """The mean over all processes, so that each chooses the same tau."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
 def _share(counts: Sequence[Tensor], number: int) -> Tensor:
     return counts[number] / torch.stack(list(counts)).sum().clamp_min(1)
 
 
 @torch.no_grad()
-def write_tau(model: nn.Module, tau: float) -> None:
+def write_tau(layers: Iterable[RoutedExperts], tau: float) -> None:
     """As :func:`torch_prunepath.set_tau` does with one number, without telling the model's config."""
-    for layer in sparse_layers(model).values():
+    for layer in layers:
         layer.tau.fill_(layer_tau(tau, layer.budget))
