@@ -210,7 +210,7 @@ def save(folder: Path, rows: list[Row]) -> None:
         "# A sparse FFN on the CPU",
         "",
         "Microseconds of one gated FFN, router included; medians, minima in brackets. S: neurons an expert, T: tokens.",
-        "Dense is torch's own F.linear, in float32 through MKL; the sparse path calls oneDNN, which may be the faster one.",
+        "Dense is torch's F.linear (float32: MKL); the sparse path calls oneDNN, which alone may be faster.",
         "",
         f"{hardware['cpu']}, {hardware['threads']} threads; {', '.join(f'{k} {v}' for k, v in versions.items())};",
         f"commit {about['commit']}; `{about['command']}`",
