@@ -6,7 +6,8 @@ What is decided when the model is made sparse (experts, router initialisation, g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.schedule import all_experts, draw, fixed_tau, hold, ramp
@@ -59,5 +60,5 @@ def held(steps: int, sparsity: float, distil: float = 0.0) -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[..., TrainConfig]] = {"paper": paper, "ours": ours, "held": held}
+RECIPES: Mapping[str, Callable[..., TrainConfig]] = MappingProxyType({"paper": paper, "ours": ours, "held": held})
 """The recipes by name."""
