@@ -560,6 +560,12 @@ def test_layers_are_for_geometries_only(run, tiny: Path) -> None:
     refused(run("decode", "--geometry", tiny, "--layers", 1, *EAGER), 2, "--layers")
 
 
+def test_rows_are_told_as_they_come(run, tiny: Path) -> None:
+    _, stdout, stderr = run("ffn", "--geometry", tiny, "--sparsity", 0.5, "--seconds", 0.01, "--json")
+    (row,) = json.loads(stdout)["rows"]
+    assert f"{row['dense_us']:.1f}  {row['sparse_us']:.1f}" in stderr
+
+
 def test_prompt_lengths() -> None:
     assert requests.lengths(3, 100) == [16, 58, 100]
     assert requests.lengths(1, 100) == [16]

@@ -166,6 +166,7 @@ def _measure_sparse(
             row = _row(name, model, work, sparsity, Usage.mean(list(used.values())), options)
             row |= about.row(measured.timing.median_us, found.timing.median_us)
             rows.append(record.clean(row | _details(work, measured, found) | checked))
+            record.announce(rows[-1])
     mode = rows[0]["sparse_mode"] if rows else options.all_sparse_modes[0]
     return rows, _sparse_requests(name, model, dense.requests, mode, options)
 

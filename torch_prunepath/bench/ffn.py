@@ -40,6 +40,7 @@ def run(options: FFNOptions) -> dict[str, Any]:
             for tokens in options.tokens:
                 for row in _rows(source, tokens, options, bandwidth):
                     results["rows"].append(row)
+                    record.announce(row)
                     bar.update()
             del source
             _free(options.torch_device)

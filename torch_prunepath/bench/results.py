@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from torch_prunepath import report
 from torch_prunepath.bench.options import Options
 from torch_prunepath.output import output_folder, writing
@@ -53,6 +55,11 @@ def _commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def announce(row: Mapping[str, Any]) -> None:
+    """Say on standard error what was just measured: a long run may end before its table."""
+    tqdm.write("  ".join(_cells(row)), file=sys.stderr)
 
 
 def finish(results: dict[str, Any], output: Path | None) -> dict[str, Any]:
