@@ -58,6 +58,17 @@ def test_no_synchronisation_and_graph_capture(name: str, gate: str) -> None:
     assert not torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_autocast_leaves_the_router_in_float32(tokens: int) -> None:
+    model, _inputs = moved("llama")
+    sparsify(model, tau=0.5, config=CONFIG, progress=False)
+    router = model.model.layers[0].mlp.router
+    x = torch.randn(tokens, model.config.hidden_size, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        found = router(x)
+    torch.testing.assert_close(found, router(x), rtol=0, atol=0)
+
+
 def test_recording_synchronises_only_when_read() -> None:
     model, _inputs = moved("llama")
     sparsify(model, tau=0.5, config=CONFIG, progress=False)

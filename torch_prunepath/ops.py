@@ -351,7 +351,9 @@ def register_cuda(op: Any, name: str) -> None:
             import torch_prunepath.csrc_triton.ffn as kernels
         except ImportError as error:
             raise ImportError("sparse FFNs on a CUDA device need Triton: pip install triton") from error
-        return getattr(kernels, name)(*args)
+        # Kernels start on the current device, which need not be the tensors'; inputs are cast where they should be.
+        with torch.cuda.device(args[0].device), torch.autocast("cuda", enabled=False):
+            return getattr(kernels, name)(*args)
 
 
 register_cuda(router_scores, "router_scores")
