@@ -340,6 +340,7 @@ sys.path.insert(0, sys.argv[1])
 from test_backend import compiled, operators, sparse
 from torch._dynamo.utils import counters
 model, inputs = sparse("functional_silu")
+model.train()  # whose layers call their parts one by one
 backend, off = sys.argv[2:]
 options = {"prunepath.disable": [off]} if off else None
 call = torch.compile(model, backend=backend, fullgraph=True, options=options)
