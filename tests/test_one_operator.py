@@ -89,3 +89,15 @@ def test_autocast_keeps_the_parts() -> None:
     model, inputs = tiny("llama")
     with torch.autocast("cpu", torch.bfloat16):
         assert "sparse_ffn" not in called(model, inputs)
+
+
+@torch.no_grad()
+def test_dropout_switched_on_by_itself_is_applied() -> None:
+    model, inputs = tiny("gpt2")
+    before = model(**inputs)[0]
+    dropouts = [layer.get_submodule(layer.ffn.output_dropout) for layer in sparse_layers(model).values()]
+    for dropout in dropouts:
+        dropout.p = 0.5
+        dropout.train()
+    assert "sparse_ffn" not in called(model, inputs)
+    assert not torch.allclose(model(**inputs)[0], before)

@@ -157,6 +157,7 @@ class SparseFFN(RoutedExperts):
             and type(self.router) is Router
             and not _watched(self.router)
             and _plain(view, view.up, view.gate, view.down)
+            and all(_idle(self, name) for name in (self.ffn.hidden_dropout, self.ffn.output_dropout))
             and x_TD.dtype == weight_out_in(view.up).dtype == weight_out_in(view.down).dtype
             and not torch.is_autocast_enabled(x_TD.device.type)
         )
@@ -252,6 +253,12 @@ def _runs_here_and_now(x_TD: Tensor) -> bool:
 def _watched(module: nn.Module) -> bool:
     """Whether something hooks into the module's forward or replaces it."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _idle(owner: nn.Module, dropout: str | None) -> bool:
+    """Whether this dropout, if there is one, does nothing: a person may switch it on in a model that evaluates."""
+    module = None if dropout is None else owner.get_submodule(dropout)
+    return module is None or not (module.training or _watched(module))
 
 
 def _up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
