@@ -18,7 +18,6 @@ import argparse
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath import cpu_rows, ops
+from torch_prunepath.bench.results import commit
 from torch_prunepath.config import num_experts
 from torch_prunepath.fused import sparse_ffn
 from torch_prunepath.report import machine
@@ -194,12 +194,6 @@ def published() -> list[Plan]:
     sizes = {"smollm2-135m": 8, "llama-3.2-1b": 32, "qwen2-7b": 32, "llama-3-8b": 32}
     plans = [Plan(name, size, both, [1], high) for name, size in sizes.items()]
     return plans + [Plan(name, sizes[name], both, many, [0.5, 0.8]) for name in ("smollm2-135m", "llama-3.2-1b")]
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    return found.stdout.strip()
 
 
 def save(folder: Path, rows: list[Row]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,13 @@ import triton
 from torch import Tensor
 
 from torch_prunepath.bench.geometry import GEOMETRIES
-from torch_prunepath.bench.timing import Captured, copy_bandwidth
+from torch_prunepath.bench.layers import SCORE_SPREAD, tau_for
+from torch_prunepath.bench.results import commit
+from torch_prunepath.bench.timing import Captured, copy_bandwidth, timed
 from torch_prunepath.csrc_triton import ffn
 from torch_prunepath.csrc_triton.order import Workspace, workspace
 
-ROUNDS = 30
-SCORE_SPREAD = 3.0
+SECONDS = 0.2
 PARTS = ("router", "selection", "up", "down", "together")
 
 
@@ -58,10 +58,7 @@ class Layer:
 
     def set_sparsity(self, sparsity: float) -> float:
         """Choose tau; return the share of inactive experts that it gives."""
-        p = ffn.router_scores(self.x, self.router, None).softmax(-1).sort(-1, descending=True)[0]
-        before = p.cumsum(-1) - p
-        tau = torch.quantile(before.flatten()[:: max(1, before.numel() // 2**20)].float(), 1 - sparsity)
-        self.tau.copy_(tau.clamp(1e-6, 1.0))
+        self.tau.fill_(tau_for(ffn.router_scores(self.x, self.router, None), sparsity))
         self.run_router(self.work)
         self.run_selection(self.work)
         self.run_up()
@@ -97,17 +94,6 @@ class Layer:
         return sum(each.values()) if part == "together" else each[part]
 
 
-def median_us(call: Callable[[], None], layers: int) -> float:
-    replay = Captured(call)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
-    for start, stop in events:
-        start.record()
-        replay()
-        stop.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3 / layers
-
-
 def measure(layers: list[Layer]) -> dict[str, float]:
     def over(part: str) -> Callable[[], None]:
         def call() -> None:
@@ -118,14 +104,9 @@ def measure(layers: list[Layer]) -> dict[str, float]:
 
         return call
 
-    return {part: median_us(over(part), len(layers)) for part in PARTS}
-
-
-def commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or None
+    graphs = {part: Captured(over(part)) for part in PARTS}
+    times = timed(graphs, torch.device("cuda"), calls=len(layers), seconds=SECONDS)
+    return {part: times[part].median_us for part in PARTS}
 
 
 def build(geometry: str, size: int) -> list[Layer]:

@@ -29,7 +29,7 @@ def begin(command: str, options: Options, bandwidth: float) -> dict[str, Any]:
         "command": f"bench {command}",
         "command_line": options.command_line,
         **machine,
-        "commit": _commit(),
+        "commit": commit(),
         "device": options.device,
         "dtype": options.dtype,
         "copy_bandwidth_bytes_per_s": bandwidth,
@@ -45,7 +45,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this file is in, with "-dirty" if files differ; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
