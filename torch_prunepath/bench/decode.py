@@ -47,10 +47,11 @@ Maker = Callable[[Any], Work]
 
 @dataclass(frozen=True)
 class _Dense:
-    """What is kept of the dense model: by work, times and logits ``[R, V]``; bytes of its weights; requests."""
+    """What is kept of the dense model: by work, times, logits ``[R, V]`` and their bound; weight bytes; requests."""
 
     measured: list[Measured]
     logits: list[Tensor]
+    bounds: list[float]
     weight_bytes: int
     requests: list[dict[str, Any]]
 
@@ -134,33 +135,34 @@ def _has_requests(model: Any, options: DecodeOptions) -> bool:
 
 
 def _measure_dense(name: str, model: Any, makers: Sequence[Maker], options: DecodeOptions) -> _Dense:
-    measured, logits = [], []
+    measured, logits, bounds = [], [], []
     for make in makers:
         work = make(model)
         what = f"dense {name}, {describe(work)}"
         expected_RV = logits_of(work, work.step, CHECKED_CALLS)
         steps = ready_steps(work, options.dense_modes, "inductor", what)
         projections = [FFNView(model, spec).up for spec in find_ffns(model)]
-        check_steps(work, steps, expected_RV, _bound(projections, work, expected_RV, options), what)
+        bounds.append(_bound(projections, work, expected_RV, options))
+        check_steps(work, steps, expected_RV, bounds[-1], what)
         measured.append(time_steps(work, steps, options))
         logits.append(expected_RV.cpu())
     mode = measured[0].best if measured else options.dense_modes[0]
     requests = Requests(name, model, options, mode, "inductor").measure() if _has_requests(model, options) else []
-    return _Dense(measured, logits, weight_bytes(model), requests)
+    return _Dense(measured, logits, bounds, weight_bytes(model), requests)
 
 
 def _measure_sparse(
     name: str, model: Any, makers: Sequence[Maker], dense: _Dense, options: DecodeOptions, bandwidth: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
-    for make, measured, logits_RV in zip(makers, dense.measured, dense.logits, strict=True):
+    for make, measured, logits_RV, bound in zip(makers, dense.measured, dense.logits, dense.bounds, strict=True):
         set_tau(model, 1.0)
         work = make(model)
         what = f"sparse {name}, {describe(work)}"
         steps = ready_steps(work, options.all_sparse_modes, options.backend, what)
         for sparsity in sorted({0.0, *options.sparsities}):
             used = reach(model, work, sparsity, SEARCHED_CALLS)
-            checked = _gate(model, work, steps, logits_RV.to(options.torch_device), sparsity, what, options)
+            checked = _gate(model, work, steps, logits_RV.to(options.torch_device), bound, sparsity, what, options)
             found = time_steps(work, steps, options)
             about = traffic(model, work, used, dense.weight_bytes, bandwidth)
             row = _row(name, model, work, sparsity, Usage.mean(list(used.values())), options)
@@ -178,13 +180,20 @@ def _bound(modules: Iterable[nn.Module], work: Work, expected_RV: Tensor, option
 
 
 def _gate(
-    model: Any, work: Work, steps: Any, dense_RV: Tensor, sparsity: float, what: str, options: DecodeOptions
+    model: Any,
+    work: Work,
+    steps: Any,
+    dense_RV: Tensor,
+    bound: float,
+    sparsity: float,
+    what: str,
+    options: DecodeOptions,
 ) -> dict[str, float]:
     """Compare the steps with the dense model where that is what they should compute, with eager sparse calls elsewhere.
 
-    ``dense_distance`` tells how far the dense model's logits are from the right ones, on the same scale.
+    ``bound`` is the dense model's. ``dense_distance`` tells how far the dense model's logits are from the right ones,
+    on the same scale.
     """
-    bound = BOUNDS[options.torch_dtype]
     expected_RV = dense_RV
     gates = {layer.experts.gate for layer in sparse_layers(model).values()}
     if sparsity > 0.0 or gates != {"one"}:
