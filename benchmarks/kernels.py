@@ -69,7 +69,7 @@ class Layer:
         self.parts = run(self.x, self.router, None, work)
 
     def run_selection(self, work: Workspace) -> None:
-        if self.tokens <= ffn.RANK_TOKENS:
+        if ffn.compares(self.tokens, self.experts):
             self.mask, self.weights = ffn.rank(self.parts, self.tau, "reach", None, work)
         else:
             self.mask, self.weights = ffn.select_weights(self.parts, self.tau, "reach", None, work.used_E)

@@ -21,8 +21,9 @@ from torch_prunepath.csrc_triton.up import up
 UNION_TOKENS = 16
 """Up to so many tokens read the union of their experts; more compute every neuron and zero inactive ones."""
 
-RANK_TOKENS = 8
-"""Up to so many tokens select by comparing all scores with all; more by a search."""
+RANK_PAIRS = 8_000_000
+"""Up to so many pairs of experts over all tokens, selection compares all scores with all; beyond, it searches.
+One token always compares: that also lists its experts. Measured on an H100, see docs/log.md."""
 
 
 def router_scores(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -37,6 +38,11 @@ def router_scores(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None) -> Ten
 def select_experts(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
     """See :func:`torch_prunepath.ops.select_experts`."""
     return select(scores_TE, tau, rule)
+
+
+def compares(tokens: int, experts: int) -> bool:
+    """Whether so many tokens select by comparing all scores with all."""
+    return tokens == 1 or tokens * experts**2 <= RANK_PAIRS
 
 
 def sparse_ffn(
@@ -70,7 +76,7 @@ def sparse_ffn(
         return nnf.linear(h_TF, down_FD.t(), down_bias_D)
     work = workspace(router_ED.shape[0], column_blocks(T, D), x_TD.device)
     parts_PTE = (router_one if T == 1 else router_split)(x_TD, router_ED, router_bias_E, work)
-    if T <= RANK_TOKENS:
+    if compares(T, router_ED.shape[0]):
         mask_TE, weights_TE = rank(parts_PTE, tau, rule, gate_offset, work)
     else:
         mask_TE, weights_TE = select_weights(parts_PTE, tau, rule, gate_offset, work.used_E)

@@ -73,11 +73,13 @@ def _rank(
         tl.store(used_ptr + e, tl.full((ROWS,), 1, tl.int32), mask=active)  # never 0: tokens share these
 
 
-def _config(experts: int) -> dict[str, int]:
-    """Measured on an H100; see docs/log.md."""
-    if experts <= 256:
-        return {"ROWS": 1, "num_warps": 1}
-    return {"ROWS": 2 if experts <= 1024 else 8, "num_warps": 4}
+def _config(tokens: int, experts: int) -> dict[str, int]:
+    """Measured on an H100; see docs/log.md. About 128 scores a thread at most, or registers spill."""
+    if tokens > 1:
+        return {"ROWS": 4, "num_warps": max(1, triton.next_power_of_2(experts) // 1024)}
+    if experts <= 512:
+        return {"ROWS": 2, "num_warps": 1}
+    return {"ROWS": 2 if experts <= 1024 else 4, "num_warps": 4}
 
 
 def rank(
@@ -95,7 +97,7 @@ def rank(
     parts, T, E = parts_PTE.shape
     mask_TE = torch.empty(T, E, dtype=torch.bool, device=parts_PTE.device)
     weights_TE = torch.empty(T, E, dtype=torch.float32, device=parts_PTE.device)
-    config = _config(E)
+    config = _config(T, E)
     _rank[(triton.cdiv(E, config["ROWS"]), T)](
         parts_PTE,
         tau,

@@ -18,14 +18,19 @@ from torch_prunepath.bench.options import DecodeOptions
 from torch_prunepath.bench.sources import is_sparse_checkpoint, load_folder
 from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.data import evaluating
+from torch_prunepath.discover import find_ffns
 from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.ffn import FFNView
 from torch_prunepath.layer import Routing
 from torch_prunepath.models import longest_context
 from torch_prunepath.sparsify import densify, sparsify
 from torch_prunepath.sparsity import register_routing_hook, set_tau, sparse_layers
 
 SCALING_TOKENS = 64
-"""Random tokens on which the spread of routers' scores is measured."""
+"""Random tokens on which the spread of routers' scores, and the size of FFNs' outputs, is measured."""
+
+FFN_SHARE = 0.1
+"""What one FFN of a model with random weights adds, relative to the embeddings."""
 
 
 def build_dense(name: str, options: DecodeOptions) -> tuple[Any, str]:
@@ -36,7 +41,7 @@ def build_dense(name: str, options: DecodeOptions) -> tuple[Any, str]:
     """
     found = resolve(name)
     if isinstance(found, Geometry):
-        return _random(found, options), "random weights as transformers initialises them; random routers, scaled"
+        return _random(found, options), "random weights; random routers, scaled"
     if options.layers is not None:
         raise UserError(f"--layers shortens geometries, not models in folders ({found}): leave it out")
     model = load_folder(found, options.torch_dtype, options.torch_device)
@@ -85,7 +90,24 @@ def _random(geometry: Geometry, options: DecodeOptions) -> Any:
         model = AutoModelForCausalLM.from_config(
             geometry.config(options.layers), dtype=options.torch_dtype, attn_implementation="sdpa"
         )
+    _calm(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _calm(model: Any) -> None:
+    """Embeddings of unit variance, to which each FFN adds vectors of size ``FFN_SHARE``.
+
+    As transformers initialises them, each FFN outweighs all that came before. One rounding that makes another expert
+    active then changes half of the next layer's choices, and after some layers no two right implementations agree.
+    """
+    embeddings = model.get_input_embeddings().weight
+    embeddings.div_(embeddings.float().std())
+    for spec in find_ffns(model):
+        view = FFNView(model, spec)
+        x_TD = torch.randn(SCALING_TOKENS, spec.hidden_size, device=embeddings.device, dtype=embeddings.dtype)
+        size = (view.hidden(x_TD) @ view.down_FD).float().square().mean().sqrt()
+        view.down_FD.mul_(FFN_SHARE / size)
 
 
 @torch.no_grad()
