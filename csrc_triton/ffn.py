@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_prunepath.csrc_triton.down import column_blocks, down
 from torch_prunepath.csrc_triton.jit import beside
+from torch_prunepath.csrc_triton.linear import linears as linears
 from torch_prunepath.csrc_triton.masked import activate_masked_
 from torch_prunepath.csrc_triton.order import list_experts, workspace
 from torch_prunepath.csrc_triton.rank import rank

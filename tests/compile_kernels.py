@@ -63,11 +63,15 @@ def calls(ffn):  # type: ignore[no-untyped-def]
         ffn.sparse_ffn(x, *router, tau, rule, offset, *up, *gate, *down, activation, size)
         ffn.expert_up(x, mask, *up, *gate, activation, size)
         ffn.expert_down(empty(tokens, width), mask, None, *down, size)
+        if tokens == 1:
+            rows, columns = empty(width, hidden).t(), empty(hidden, width)
+            ffn.linears(x, [rows, rows], [None, up[1]])
+            ffn.linears(x, [columns], [up[1]])
 
 
 def compile_all(target: GPUTarget) -> dict[str, int]:
     """Kernels by name, and how many variants of each were compiled."""
-    from torch_prunepath.csrc_triton import down, ffn, order, rank, router, select, up
+    from torch_prunepath.csrc_triton import down, ffn, linear, order, rank, router, select, up
 
     variants: dict[str, set[str]] = {}
     run = JITFunction.run
@@ -80,7 +84,7 @@ def compile_all(target: GPUTarget) -> dict[str, int]:
     overlap = target.backend == "cuda" and target.arch >= 90
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        for module in (down, order, rank, router, select, up):
+        for module in (down, linear, order, rank, router, select, up):
             stack.enter_context(mock.patch.object(module, "overlaps", lambda tensor: overlap))
             options = {"launch_pdl": True} if overlap else {}
             stack.enter_context(mock.patch.object(module, "launch_options", lambda tensor, o=options: o))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-KERNELS = {"_router_one", "_router_split", "_rank", "_select", "_up", "_down", "_list", "_masked"}
+KERNELS = {"_router_one", "_router_split", "_rank", "_select", "_up", "_down", "_list", "_masked", "_linears_one"}
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_prunepath import SparsifyConfig, densify, record_sparsity, set_sparsity, set_tau, sparse_layers, sparsify
+from torch_prunepath.bench.decoder import Decoder, logits_of
+from torch_prunepath.bench.gate import relative_rms
+from torch_prunepath.compile.backend import DISABLE, prunepath
 
 pytestmark = pytest.mark.gpu
 CONFIG = SparsifyConfig(expert_size=8, partition="kmeans", router="centroid", budget="uniform")
@@ -116,3 +121,25 @@ def test_peak_memory_is_the_model_and_one_layer() -> None:
     added = sum(m.router.weight.nbytes + m.permutation.nbytes for m in sparse_layers(model).values())
     assert torch.cuda.max_memory_allocated() - before <= layer + added + 2**20
     assert torch.cuda.memory_allocated() - before <= added + 2**20
+
+
+def test_a_compiled_decoding_step_gathers_projections_and_shares_heads() -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=257, num_hidden_layers=2, **shape)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    sparsify(model, tau=1.0, config=CONFIG, progress=False)
+    work = Decoder(model, torch.randint(257, (1, 20), device="cuda"), new_tokens=4)
+    expected = logits_of(work, work.step, 4)
+    found = {}
+    for disabled in ((), ("fuse_linears", "share_heads")):
+        torch.compiler.reset()
+        backend = functools.partial(prunepath, options={DISABLE: disabled})
+        step = torch.compile(work._call(), backend=backend, fullgraph=True)
+        assert relative_rms(logits_of(work, step, 4), expected) < 0.03
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            work.turn(step, 1)
+        found[disabled] = {event.key: event.count for event in profile.key_averages()}
+        work.rewind()
+    assert found[()]["prunepath::linears"] == 2 * config.num_hidden_layers + 1
+    assert "prunepath::linears" not in found["fuse_linears", "share_heads"]

@@ -19,7 +19,7 @@ from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from torch_prunepath import activations, fused, ops
-from torch_prunepath.compile import graph, inline, passes
+from torch_prunepath.compile import decoding, graph, inline, linears, passes
 from torch_prunepath.compile.passes import PASSES, run_passes
 
 DISABLE = "prunepath.disable"
@@ -27,7 +27,9 @@ DISABLE = "prunepath.disable"
 
 HOOK = "post_grad_custom_pre_pass"
 
-SOURCES = tuple(str(Path(str(module.__file__))) for module in (activations, fused, ops, graph, inline, passes))
+SOURCES = tuple(
+    str(Path(str(module.__file__))) for module in (activations, fused, ops, decoding, graph, inline, linears, passes)
+)
 """What a compiled graph depends on beside its own operators: the passes, and what they inline."""
 
 # Passes that are told whether a graph is for inference: newer torch only.

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torch_prunepath import ops
+from torch_prunepath.compile.decoding import fuse_linears, share_heads
 from torch_prunepath.compile.graph import (
     Operator,
     arguments,
@@ -175,6 +176,12 @@ def _behind(value: object, op: Operator, interior: set[fx.Node]) -> fx.Node | No
 
 
 PASSES: Mapping[str, Pass] = MappingProxyType(
-    {"fuse_relu": fuse_relu, "inline_dense": inline_dense, "fuse_ffn": fuse_ffn}
+    {
+        "fuse_relu": fuse_relu,
+        "inline_dense": inline_dense,
+        "fuse_ffn": fuse_ffn,
+        "fuse_linears": fuse_linears,
+        "share_heads": share_heads,
+    }
 )
 """By name, in the order in which they run."""

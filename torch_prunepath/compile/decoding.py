@@ -1,0 +1,147 @@
+"""Passes over what surrounds the sparse FFNs where one token is decoded at a time: linear layers and attention."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from torch_prunepath.compile.graph import aten, calls, overload, skip_reshapes
+from torch_prunepath.compile.linears import linears
+
+LINEARS_AT_ONCE = 3
+"""What the kernel of :func:`fuse_linears` takes: queries, keys and values."""
+
+# --- fuse_linears -----------------------------------------------------------------------------------------------------
+
+
+def fuse_linears(graph: fx.Graph, training: bool) -> int:
+    """Dense linear layers of one token in half precision, on a CUDA device: those that read the same token together."""
+    if training:
+        return 0
+    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in graph.nodes:
+        layer = _linear(node)
+        if layer is not None:
+            # Rows or columns contiguous: a launch takes one kind.
+            kind = layer.weight.meta["val"].stride(0) == 1
+            groups.setdefault((skip_reshapes(layer.x, set()), layer.x.meta["val"].shape, kind), []).append(node)
+    for nodes in groups.values():
+        for start in range(0, len(nodes), LINEARS_AT_ONCE):
+            _fuse_linears(graph, nodes[start : start + LINEARS_AT_ONCE])
+    return sum(map(len, groups.values()))
+
+
+class _Linear(NamedTuple):
+    """``x @ weight + bias``."""
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+
+def _linear(node: fx.Node) -> _Linear | None:
+    """The parts of a linear layer that :func:`fuse_linears` takes, otherwise None."""
+    if node.kwargs:
+        return None
+    if calls(node, aten.mm.default):
+        layer = _Linear(node.args[0], node.args[1], None)  # type: ignore[arg-type]
+    elif calls(node, aten.addmm.default):
+        layer = _Linear(node.args[1], node.args[2], node.args[0])  # type: ignore[arg-type]
+    else:
+        return None
+    x, weight = layer.x.meta["val"], layer.weight.meta["val"]
+    fits = (
+        isinstance(x.shape[0], int)
+        and x.shape[0] == 1
+        and x.device.type == "cuda"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and 1 in weight.stride()
+        and x.dtype == weight.dtype == node.meta["val"].dtype
+        and _is_parameter(layer.weight)
+        and (layer.bias is None or (_is_parameter(layer.bias) and layer.bias.meta["val"].shape == weight.shape[1:]))
+    )
+    return layer if fits else None
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether this is an input of the graph, perhaps transposed."""
+    while calls(node, aten.permute.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op in ("placeholder", "get_attr")
+
+
+def _fuse_linears(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    layers = [layer for layer in map(_linear, nodes) if layer is not None]
+    first = nodes[0]
+    for layer in layers:
+        for part in _transposes(layer.weight):
+            if first < part:
+                first.prepend(part)
+    args = (layers[0].x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+    with graph.inserting_before(first):
+        fused = graph.call_function(overload(linears), args)
+        fused.meta = {
+            "val": [node.meta["val"] for node in nodes],
+            "eager_input_vals": (fx.map_arg(args, lambda n: n.meta["val"]), {}),
+        }
+        for i, node in enumerate(nodes):
+            result = graph.call_function(operator.getitem, (fused, i))
+            result.meta = dict(node.meta)
+            node.replace_all_uses_with(result)
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def _transposes(weight: fx.Node) -> list[fx.Node]:
+    """What :func:`_is_parameter` passes, in the graph's order."""
+    passed = []
+    while calls(weight, aten.permute.default):
+        passed.append(weight)
+        weight = weight.args[0]  # type: ignore[assignment]
+    return passed[::-1]
+
+
+# --- share_heads ------------------------------------------------------------------------------------------------------
+
+
+def share_heads(graph: fx.Graph, training: bool) -> int:
+    """Attention of one token a sequence reads keys and values that several heads share as they are, not repeated.
+
+    That is where PyTorch chose cuDNN, whose attention knows grouped queries (Ainslie et al., arXiv 2305.13245).
+    """
+    if training:
+        return 0
+    changes = 0
+    for node in graph.find_nodes(op="call_function", target=aten._scaled_dot_product_cudnn_attention.default):
+        keys, values = (_unrepeated(node.args[i]) for i in (1, 2))
+        if keys is None or values is None or not statically_known_true(node.args[0].meta["val"].shape[2] == 1):  # type: ignore[union-attr]
+            continue
+        node.update_arg(1, keys)
+        node.update_arg(2, values)
+        changes += 1
+    return changes
+
+
+def _unrepeated(value: Any) -> fx.Node | None:
+    """The ``[B, H, L, D]`` of which ``value`` repeats each head, ``[B, H * repeats, L, D]``; None if it is no such."""
+    node = value
+    while isinstance(node, fx.Node) and (calls(node, aten.clone.default) or skip_reshapes(node, set()) is not node):
+        node = node.args[0] if calls(node, aten.clone.default) else skip_reshapes(node, set())
+    if not isinstance(node, fx.Node) or not calls(node, aten.expand.default):
+        return None
+    wide = node.args[0]
+    if not isinstance(wide, fx.Node) or not calls(wide, aten.unsqueeze.default) or wide.args[1] != 2:
+        return None
+    heads: Any = wide.args[0]
+    B, H, L, D = heads.meta["val"].shape
+    repeated, expanded = value.meta["val"].shape, node.meta["val"].shape
+    right = len(repeated) == 4 and len(expanded) == 5 and expanded[2] > 1 and repeated[1] == H * expanded[2]
+    if not right or not all(
+        statically_known_true(m == n) for m, n in zip(repeated, (B, repeated[1], L, D), strict=True)
+    ):
+        return None
+    return heads  # type: ignore[no-any-return]
