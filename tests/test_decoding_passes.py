@@ -129,9 +129,21 @@ def test_repeated_heads_are_read_as_they_are() -> None:
     assert heads_read(lambda q, k, v: attend(q, repeat(k, 2), repeat(v, 2))) == [3, 3]
 
 
+def test_slices_that_leave_nothing_out_are_passed() -> None:
+    def sliced(kv: Tensor) -> Tensor:
+        wide = aten.slice.Tensor(aten.unsqueeze.default(aten.slice.Tensor(kv, 0, 0, 2**62), 2), 3, 0, 2**62)
+        return wide.expand(2, 3, 2, 10, 8).reshape(2, 6, 10, 8)
+
+    assert heads_read(lambda q, k, v: attend(q, sliced(k), sliced(v))) == [3, 3]
+
+
 def test_heads_that_are_no_repeats_stay() -> None:
     tiled = lambda q, k, v: attend(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))  # noqa: E731
     assert heads_read(tiled) == [6, 6]
     assert heads_read(lambda q, k, v: attend(q, repeat(k, 2), repeat(v, 2) + 1)) == [6, 6]
+    assert heads_read(lambda q, k, v: attend(q, k[:, :, None, :5].expand(2, 3, 4, 5, 8).reshape(2, 6, 10, 8), v)) != [
+        3,
+        3,
+    ]
     assert heads_read(lambda q, k, v: attend(q, repeat(k, 2), repeat(v, 2)), training=True) == [6, 6]
     assert heads_read(lambda q, k, v: attend(q, repeat(k, 2), repeat(v, 2)), queries=4) == [6, 6]

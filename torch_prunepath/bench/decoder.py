@@ -36,7 +36,9 @@ def prepare(call: Callable[[], Any], mode: Mode, backend: str, before: Callable[
     """
     before = before or (lambda: None)
     if mode.compile is not None:
-        call = torch.compile(call, backend=backend, mode=mode.compile, dynamic=False, fullgraph=True)
+        # torch.compile takes a mode or options; what "default" stands for has no options of its own.
+        how: dict[str, Any] = {"options": {"combo_kernels": True}} if mode.combo_kernels else {"mode": mode.compile}
+        call = torch.compile(call, backend=backend, dynamic=False, fullgraph=True, **how)
     # Inductor's own graphs record on the second call. What we record is compiled before its warm-up.
     for _ in range(1 if mode.capture else 3):
         before()

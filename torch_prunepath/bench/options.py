@@ -19,10 +19,17 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Mode:
-    """How a function is made fast: ``torch.compile``'s mode (None: not compiled), and whether we capture a graph."""
+    """How a function is made fast.
+
+    Attributes:
+        compile: ``torch.compile``'s mode; None: not compiled.
+        capture: record a CUDA graph of it.
+        combo_kernels: let Inductor join small kernels that do not depend on each other.
+    """
 
     compile: str | None
     capture: bool = False
+    combo_kernels: bool = False
 
 
 MODES: Mapping[str, Mode] = MappingProxyType(
@@ -33,14 +40,17 @@ MODES: Mapping[str, Mode] = MappingProxyType(
         "reduce-overhead": Mode("reduce-overhead"),
         "graph": Mode("default", capture=True),
         "graph-max-autotune": Mode("max-autotune-no-cudagraphs", capture=True),
+        "graph-combo": Mode("default", capture=True, combo_kernels=True),
     }
 )
-"""The last two compile without Inductor's own CUDA graphs, and record the result in one graph; CUDA only."""
+"""Those with ``graph`` compile without Inductor's own CUDA graphs, and record the result in one graph; CUDA only."""
 
 DEFAULT_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"cpu": ("default",), "cuda": ("graph", "reduce-overhead", "graph-max-autotune")}
+    {"cpu": ("default",), "cuda": ("graph", "graph-combo", "reduce-overhead", "graph-max-autotune")}
 )
-DEFAULT_SPARSE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("default",), "cuda": ("graph",)})
+DEFAULT_SPARSE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cpu": ("default",), "cuda": ("graph", "graph-combo")}
+)
 
 
 @dataclass(frozen=True, kw_only=True)

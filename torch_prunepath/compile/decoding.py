@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torch_prunepath.compile.graph import aten, calls, overload, skip_reshapes
+from torch_prunepath.compile.graph import aten, calls, overload, same_shape, skip_reshapes
 from torch_prunepath.compile.linears import linears
 
 LINEARS_AT_ONCE = 3
@@ -128,20 +128,27 @@ def share_heads(graph: fx.Graph, training: bool) -> int:
 
 def _unrepeated(value: Any) -> fx.Node | None:
     """The ``[B, H, L, D]`` of which ``value`` repeats each head, ``[B, H * repeats, L, D]``; None if it is no such."""
-    node = value
-    while isinstance(node, fx.Node) and (calls(node, aten.clone.default) or skip_reshapes(node, set()) is not node):
-        node = node.args[0] if calls(node, aten.clone.default) else skip_reshapes(node, set())
-    if not isinstance(node, fx.Node) or not calls(node, aten.expand.default):
+    expand = _skip_copies(value)
+    if not calls(expand, aten.expand.default):
         return None
-    wide = node.args[0]
-    if not isinstance(wide, fx.Node) or not calls(wide, aten.unsqueeze.default) or wide.args[1] != 2:
+    wide = _skip_copies(expand.args[0], reshapes=False)
+    if not calls(wide, aten.unsqueeze.default) or wide.args[1] != 2:
         return None
-    heads: Any = wide.args[0]
+    heads: fx.Node = wide.args[0]  # type: ignore[assignment]
     B, H, L, D = heads.meta["val"].shape
-    repeated, expanded = value.meta["val"].shape, node.meta["val"].shape
-    right = len(repeated) == 4 and len(expanded) == 5 and expanded[2] > 1 and repeated[1] == H * expanded[2]
-    if not right or not all(
-        statically_known_true(m == n) for m, n in zip(repeated, (B, repeated[1], L, D), strict=True)
-    ):
-        return None
-    return heads  # type: ignore[no-any-return]
+    repeats = expand.meta["val"].shape[2]
+    sizes = zip(value.meta["val"].shape, (B, H * repeats, L, D), strict=True)
+    return heads if all(statically_known_true(m == n) for m, n in sizes) else None
+
+
+def _skip_copies(node: Any, reshapes: bool = True) -> fx.Node:
+    """What ``node`` is a copy of: clones, slices that leave nothing out and, if ``reshapes``, reshapes are passed."""
+    while True:
+        source: Any = skip_reshapes(node, set()) if reshapes else node
+        if calls(source, aten.clone.default) or (
+            calls(source, aten.slice.Tensor) and same_shape(source, source.args[0])
+        ):
+            source = source.args[0]
+        if source is node:
+            return node  # type: ignore[no-any-return]
+        node = source
