@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
-from pathlib import Path
+import json
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from architectures import ARCHITECTURES
 from tiny_llama import tiny_llama
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_prunepath import SparsifyConfig, set_sparsity, sparse_layers, sparsify
 from torch_prunepath.sparsity import measure_sparsity
-from torch_prunepath.train import TrainConfig, TrainState, all_experts, draw, fixed_tau, hold, ramp, recipes, train
+from torch_prunepath.train import (
+    Objective,
+    Progress,
+    TrainConfig,
+    TrainState,
+    all_experts,
+    draw,
+    fixed_tau,
+    hold,
+    ramp,
+    recipes,
+    train,
+)
+from torch_prunepath.train.batches import endless, take
 from torch_prunepath.train.loop import _Run
+from torch_prunepath.train.optimizer import build_optimizer
 
 EXPERTS = SparsifyConfig(expert_size=2, partition="random", router="zero", budget="uniform")
 FAST = {"lr": 3e-3, "router_lr": 3e-3, "contribution_fit": 0.1}
@@ -176,6 +194,143 @@ def test_accumulated_gradients_are_those_of_the_large_batch(name: str) -> None:
         torch.testing.assert_close(summed[key], once[key], rtol=1e-3, atol=1e-4 * float(once[key].abs().max()) + 1e-7)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_checkpointed_gradients_are_the_same(name: str) -> None:
+    """Also of what is computed inside the layers, which the backward pass does not compute again."""
+    config = TrainConfig(steps=1, phases=(hold(0.5),), contribution_fit=1.0, distill_ffn=1.0, entropy=0.1, fit_tokens=9)
+    found = []
+    for checkpointing in (False, True):
+        model = model_of(name, router="centroid")
+        for module in model.modules():
+            for attribute in ("p", "dropout"):
+                if isinstance(getattr(module, attribute, None), float):
+                    setattr(module, attribute, 0.0)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run = _Run(model, config, None, None, 1)
+        with run.open():
+            run.backward([uneven(3)])
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, checkpointed = found
+    assert plain.keys() == checkpointed.keys() and any("router" in name for name in plain)
+    for key, value in plain.items():
+        torch.testing.assert_close(checkpointed[key], value, msg=key)
+
+
+def test_what_is_computed_beside_a_layer_takes_no_gradient_from_it() -> None:
+    """Under autocast torch keeps the weights it has cast: one that was cast without gradient must not come back."""
+    model = model_of(router="centroid")
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.register_forward_hook(lambda *_: None)  # now the module itself computes, in autocast's own way
+    found = []
+    for fit in (0.0, 1e-9):
+        model.zero_grad()
+        run = _Run(model, TrainConfig(steps=1, phases=(hold(0.5),), autocast=True, contribution_fit=fit), None, None, 1)
+        with run.open():
+            run.backward(batches())
+            found.append(mlp.up_proj.weight.grad.clone())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-6)
+    assert bool(found[0].any())
+
+
+# --- a loop of one's own ----------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators whose result, or its shape, the host has to wait for where tensors are on a device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if name.startswith(self.NAMES) or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    model, teacher = model_of(), tiny_llama(1)
+    config = TrainConfig(
+        steps=3, entropy=1.0, load_balance=1.0, lte_separation=1e-6, distill_logits=1.0, distill_ffn=1.0, **FAST
+    )
+    objective = Objective(model, config, 3, teacher=teacher)
+    model.train()
+    data = [{**uneven(4), "labels": uneven(4)["input_ids"]}]
+    batch = objective.begin(data)[0]
+    objective.loss(batch).backward()
+    objective.end()
+    # What the model itself asks for (transformers looks at the mask) is not this library's.
+    with Waits() as own:
+        model(**batch)
+        teacher(**{k: v for k, v in batch.items() if k != "labels"})
+    assert "nonzero" not in own.seen
+    with Waits() as waits:
+        batch = objective.begin(data)[0]
+        objective.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        objective.end()
+    assert len(waits.seen) <= len(own.seen), (waits.seen, own.seen)
+    with Waits() as waits:
+        assert bool(torch.ones(2).nonzero().any())
+    assert "nonzero" in waits.seen and len(waits.seen) == 2  # it does notice
+
+
+def test_ones_own_loop_does_what_train_does() -> None:
+    config = TrainConfig(
+        steps=6, phases=(draw(0.3, 0.9),), accumulation=2, warmup=0.0, decay="constant", clip=None, **FAST
+    )
+    expected = model_of()
+    history = train(expected, batches(4), config, progress=False)
+    model = model_of()
+    model.train()
+    objective, optimizer = Objective(model, config, steps=6), build_optimizer(model, config)
+    feed, records = endless(batches(4), 0), []
+    for _ in range(6):
+        for batch in objective.begin(take(feed, 2)):
+            objective.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        records += objective.end()
+        progress = Progress(config)  # as if it had been saved and loaded between any two steps
+        progress.load_state_dict(json.loads(json.dumps(objective.progress.state_dict())))
+        objective.progress = progress
+    records += objective.progress.finished(keep=0)
+    assert equal(weights(model), weights(expected))
+    assert records == [{k: v for k, v in record.items() if k != "lr"} for record in history]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_loop_with_accelerate(precision: str) -> None:
+    """The loop of the documentation."""
+    AcceleratorState._reset_state(True)
+    config = TrainConfig(steps=40, phases=(hold(0.6),), **FAST)
+    bare = model_of()
+    optimizer = build_optimizer(bare, config)
+    accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    loader = torch.utils.data.DataLoader([row for b in batches(2) for row in b["input_ids"]], batch_size=4)
+    model, optimizer, loader = accelerator.prepare(bare, optimizer, loader)
+    objective = Objective(model, config, steps=40)
+    feed, records = endless([{"input_ids": ids} for ids in loader], 0), []
+    model.train()
+    for _ in range(40):
+        group = objective.begin(take(feed, 2))
+        for batch in group:
+            with contextlib.nullcontext() if batch is group[-1] else accelerator.no_sync(model):
+                accelerator.backward(objective.loss(batch))
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        records += objective.end()
+    assert records[-1]["task"] < 0.7 * records[0]["task"]
+    assert all(abs(record["sparsity"] - 0.6) < 0.05 for record in records[20:])
+    AcceleratorState._reset_state(True)
+
+
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
@@ -276,13 +431,55 @@ def _one_of_two(rank: int, folder: str) -> None:
     config = TrainConfig(steps=12, phases=(draw(0.3, 0.9),), **FAST)
     history = train(DistributedDataParallel(model), batches(2, seed=rank), config, progress=False)
     told = model.config.quantization_config["layers"][0]["tau"]
-    torch.save({"weights": model.state_dict(), "history": history, "tau": told}, f"{folder}/{rank}")
+    grads = {across: _uneven_gradients(rank, across) for across in (False, True)}
+    found = {"weights": model.state_dict(), "history": history, "tau": told, "grads": grads}
+    torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
-def test_two_processes_stay_together(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1))
+def _uneven_gradients(rank: int, across: bool) -> dict[str, torch.Tensor]:
+    """Of a step in which the first process has one row of text, and the second two batches of padded ones."""
+    model = model_of(router="centroid")
+    wrapped = DistributedDataParallel(model)
+    objective = Objective(wrapped, UNEVEN, 1, across_processes=across)
+    for number, batch in enumerate(objective.begin(_parts()[rank])):
+        with wrapped.no_sync() if rank == 1 and number == 0 else contextlib.nullcontext():
+            objective.loss(batch).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def _parts() -> list[list[dict[str, torch.Tensor]]]:
+    one, two, three = ({k: v[row : row + 1] for k, v in uneven(3).items()} for row in range(3))
+    return [[one], [two, three]]
+
+
+UNEVEN = TrainConfig(steps=1, phases=(hold(0.5),), contribution_fit=1.0, entropy=1.0, fit_tokens=10**6)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(_one_of_two, (str(folder),), nprocs=2)
+    return [torch.load(folder / str(rank), weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["processes_alike", "tokens_alike"])
+def test_what_processes_with_different_numbers_of_tokens_count(two: list[dict[str, Any]], across: bool) -> None:
+    groups = [[batch for part in _parts() for batch in part]] if across else _parts()
+    expected: dict[str, torch.Tensor] = {}
+    for group in groups:
+        run = _Run(model_of(router="centroid"), UNEVEN, None, None, 1)
+        with run.open():
+            run.backward(group)
+            for name, p in run.model.named_parameters():
+                expected[name] = expected.get(name, 0) + p.grad / len(groups)
+    for key, value in expected.items():
+        close = {"rtol": 1e-3, "atol": 1e-4 * float(value.abs().max()) + 1e-7}
+        torch.testing.assert_close(two[0]["grads"][across][key], value, **close)
+
+
+def test_two_processes_stay_together(two: list[dict[str, Any]]) -> None:
+    first, second = two
     assert equal(first["weights"], second["weights"]) and first["history"] == second["history"]
     assert first["tau"] == pytest.approx(first["history"][-1]["tau"])
     # One process that accumulates both processes' batches does the same, but for rounding.

@@ -12,8 +12,8 @@ from torch import nn
 from torch_prunepath import SparsifyConfig, record_sparsity, set_tau, sparse_layers, sparsify
 from torch_prunepath.sparsify import sparse_views
 from torch_prunepath.train import RoutingTape, TrainConfig, losses
-from torch_prunepath.train.objective import batch_terms
 from torch_prunepath.train.targets import dense_output, expert_shares, fit_sample, sample_tokens
+from torch_prunepath.train.terms import batch_terms, targets_of
 
 CONFIG = SparsifyConfig(expert_size=4, partition="random", router="centroid", budget="uniform")
 TERMS = TrainConfig(
@@ -73,12 +73,12 @@ def test_reopening_starts_anew_and_leaves_no_hook(model: nn.Module) -> None:
 def terms_of(model: nn.Module, teacher: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, float]:
     batch = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
-    tape = RoutingTape(model, outputs=True)
+    tape = RoutingTape(model, inputs=False, outputs=True, inside=targets_of(TERMS, "seed"))
     with tape:
         output = model(**batch, labels=labels)
     with torch.no_grad():
         logits = teacher(**batch).logits
-    terms = batch_terms(TERMS, tape, output, {**batch, "labels": labels}, logits, "seed")
+    terms = batch_terms(TERMS, tape, output, {**batch, "labels": labels}, logits)
     return {**{name: float(term) for name, term in terms.items()}, "sparsity": float(tape.sparsity())}
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from torch_prunepath.errors import UserError
+from torch_prunepath.sweep import command as sweep
+from torch_prunepath.train import command as train
 
 TAUS = (0.97, 0.95, 0.9, 0.8, 0.7)
 SETTINGS = {
@@ -67,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_quickstart(commands)
     _add_sparsify(commands)
     _add_info(commands)
+    train.add_arguments(_add_command(commands, "train", train.job, train.SUMMARY), SETTINGS)
+    sweep.add_arguments(_add_command(commands, "sweep", sweep.job, sweep.SUMMARY), SETTINGS)
     _add_bench(commands)
     return parser
 
@@ -165,7 +169,7 @@ def _add_bench(commands: Any) -> None:
     _add_bench_options(command)
     command.add_argument("--context", type=int, default=128, help="tokens in the cache when decoding starts")
     command.add_argument("--new-tokens", type=int, default=64, help="tokens decoded in a timed run")
-    modes = "of eager, default, max-autotune, reduce-overhead and, on CUDA, graph, graph-max-autotune"
+    modes = "of eager, default, max-autotune, reduce-overhead and, on CUDA, graph, graph-combo, graph-max-autotune"
     command.add_argument("--modes", nargs="+", metavar="MODE", help=f"dense ones, {modes}: the best is the baseline")
     command.add_argument("--sparse-modes", nargs="+", metavar="MODE", help="sparse ones: the best counts")
     command.add_argument("--backend", default="prunepath", help="torch.compile's backend of the sparse model")

@@ -1,123 +1,230 @@
-"""Every loss term of one batch, by name."""
+"""What a step is run at, its loss terms by name, and what is learnt from it; for any training loop."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from torch_prunepath.calibrate import quiet
 from torch_prunepath.data import Inputs
-from torch_prunepath.train import losses
-from torch_prunepath.train.batches import logit_weights
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.sparsity import layer_tau
+from torch_prunepath.train.batches import (
+    as_dict,
+    count_labels,
+    count_tokens,
+    is_causal,
+    on_device,
+    with_labels,
+)
 from torch_prunepath.train.config import TrainConfig
-from torch_prunepath.train.tape import RoutedCall, RoutingTape
-from torch_prunepath.train.targets import dense_output, fit_sample, sample_tokens
+from torch_prunepath.train.optimizer import trained
+from torch_prunepath.train.schedule import aim_at
+from torch_prunepath.train.state import Pending, Progress, Record
+from torch_prunepath.train.tape import RoutingTape
+from torch_prunepath.train.terms import batch_terms, check_model, targets_of
 
 
-def check_model(model: nn.Module, tape: RoutingTape, config: TrainConfig, teacher: nn.Module | None) -> None:
-    """Refuse what could not train.
-
-    Raises:
-        ValueError: with a remedy.
-    """
-    if config.distill_logits and teacher is None:
-        raise ValueError("distill_logits needs the dense model: pass teacher=, or set it to 0")
-    if teacher is not None and not config.distill_logits:
-        raise ValueError("a teacher is given, but distill_logits is 0: give it a weight, or leave the teacher out")
-    gates = {layer.experts.gate for layer in tape.layers.values()}
-    reaches_scores = ("entropy", "load_balance", "lte_separation", "contribution_fit")
-    if config.train == "routers" and gates == {"one"} and not config.losses.keys() & set(reaches_scores):
-        raise ValueError(
-            "nothing trains the routers: with gate='one' the model's output has no gradient towards them; "
-            f"give one of {', '.join(reaches_scores)} a weight"
-        )
-
-
-def batch_terms(
-    config: TrainConfig,
-    tape: RoutingTape,
-    output: Any,
-    batch: Inputs,
-    teacher_logits: Tensor | None,
-    seed: str,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> dict[str, Tensor]:
-    """The terms whose weight is not 0, 0-d float32 each, unweighted.
+class Objective:
+    """The part of a training run that is this library's, for a loop of one's own.
 
     Args:
-        config: says which.
-        tape: of the forward pass that gave ``output``.
-        output: the model's output, with ``loss`` and ``logits`` as far as they are needed.
-        batch: the model's inputs.
-        teacher_logits: the teacher's on the same batch; needed for ``distill_logits``.
-        seed: of sampled tokens.
-        autocast: what the dense targets are computed in.
+        model: what the loop calls: a sparse model, or one that is wrapped in ``DistributedDataParallel``, sharded with
+            FSDP2, or prepared by accelerate.
+        config: phases, weights of the losses and what belongs to them, and the seed. What the loop does itself
+            (learning rates, accumulation, clipping) is not read.
+        steps: optimiser steps of the whole run; phases are shares of them.
+        teacher: the dense model, for ``config.distill_logits``; in evaluation mode.
+        progress: a run to go on with; None starts one. Save its ``state_dict()`` in checkpoints.
+        across_processes: weigh all processes' tokens alike, rather than all processes.
+
+    Raises:
+        ValueError: if model, config and teacher do not fit together.
+
+    Example::
+
+        objective = Objective(model, config, steps=1000)
+        for step in range(1000):
+            for batch in objective.begin([next(batches)]):
+                objective.loss(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for record in objective.end():
+                print(record)
     """
 
-    @functools.cache
-    def sample_of(total: int, device: torch.device) -> Tensor | None:
-        return sample_tokens(total, config.fit_tokens, seed, device)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        steps: int,
+        *,
+        teacher: nn.Module | None = None,
+        progress: Progress | None = None,
+        across_processes: bool = False,
+    ) -> None:
+        self.model, self.config, self.steps, self.teacher = model, config, steps, teacher
+        self.inner = unwrapped(model)
+        self.tape = RoutingTape(self.inner, inputs=False, outputs=bool(config.distill_ffn))
+        check_model(model, self.tape, config, teacher)
+        self.progress = Progress(config) if progress is None else progress
+        self.device = next(model.parameters()).device
+        self.causal = is_causal(self.inner)
+        self.tau: float | None = None
+        self.stats: dict[str, Tensor] = {}
+        self._target: float | None = None
+        self._across = across_processes
+        self._shares: list[tuple[Tensor, Tensor]] = []
+        self._number = 0
 
-    def sample(call: RoutedCall) -> Tensor | None:
-        return sample_of(call.scores_TE.shape[0], call.scores_TE.device)
+    def begin(self, group: Sequence[Any]) -> list[Inputs]:
+        """Choose the next step's tau and write it to the layers.
 
-    per_call: dict[str, Callable[[RoutedCall], Tensor]] = {
-        "entropy": lambda call: losses.entropy(call.scores_TE, call.weight_T),
-        "load_balance": lambda call: losses.load_balance(call.scores_TE, call.weight_T),
-        "lte_separation": lambda call: losses.lte_separation(call.scores_TE, call.weight_T, eta=config.separation_eta),
-        "contribution_fit": lambda call: _fit(call, config, sample(call), autocast),
-        "distill_ffn": lambda call: _distill_ffn(call, autocast),
-    }
-    terms: dict[str, Tensor] = {}
-    for name in config.losses:
-        if name == "task":
-            terms[name] = _task(output)
-        elif name == "distill_logits":
-            assert teacher_logits is not None
-            terms[name] = _distill_logits(output.logits, teacher_logits, batch, config.temperature)
-        else:
-            device = tape.calls[0].scores_TE.device
-            terms[name] = torch.stack([per_call[name](call).to(device) for call in tape.calls]).mean()
-    return terms
+        Args:
+            group: the batches whose gradients the step adds up.
+
+        Returns:
+            The same batches with labels, for :meth:`loss` one after the other.
+
+        Raises:
+            ValueError: if a batch is no mapping or lacks labels.
+        """
+        progress, config = self.progress, self.config
+        aim = aim_at(config.phases, progress.step, self.steps, config.seed)
+        self._target = aim.sparsity
+        self.tau = progress.controller.tau_for(aim.sparsity) if aim.tau is None else aim.tau  # type: ignore[arg-type]
+        write_tau(self.tape.layers.values(), self.tau)
+        labelled = "task" in config.losses
+        batches = [with_labels(batch, self.causal) if labelled else as_dict(batch) for batch in group]
+        by_token = self._parts([count_tokens(batch) for batch in batches])
+        by_label = self._parts([count_labels(batch, self.causal) for batch in batches]) if labelled else by_token
+        self._shares, self.stats, self._number = list(zip(by_label, by_token, strict=True)), {}, 0
+        return batches
+
+    def loss(self, batch: Inputs, model: nn.Module | None = None) -> Tensor:
+        """Run the model on a batch of the step; the weighted sum of its loss terms, 0-d float32, for ``backward()``.
+
+        Each batch's is its part of the step's: add the gradients up, without dividing them by the number of batches.
+
+        Args:
+            batch: the next one of what :meth:`begin` returned.
+            model: called in place of the model that the objective was made with, which it wraps.
+
+        Raises:
+            ValueError: if the model did not run its sparse layers, gave no loss, or lost their gradients.
+        """
+        batch = on_device(batch, self.device)
+        by_label, by_token = self._shares[self._number]
+        terms = self._terms(batch, f"fit {self.config.seed} {self.progress.step} {self._number}", model)
+        self._number += 1
+        for name, term in terms.items():
+            terms[name] = _times(term, by_label if name == "task" else by_token)
+        loss = torch.stack([self.config.losses[k] * v.to(self.device) for k, v in terms.items()]).sum()
+        sparsity = _times(self.tape.sparsity(), by_token)
+        for name, value in {"loss": loss, **terms, "sparsity": sparsity}.items():
+            self.stats[name] = self.stats.get(name, 0) + value.detach().to(self.device)
+        return loss
+
+    def end(self, lr: float | None = None) -> list[Record]:
+        """Note what the step's batches gave. Does not wait for the device to do the step.
+
+        Args:
+            lr: the step's learning rate, for the record.
+
+        Returns:
+            The record of the step before, if there is one: see :func:`torch_prunepath.train.train`.
+
+        Raises:
+            FloatingPointError: if that step's loss is not finite.
+        """
+        assert self.tau is not None and self.complete, "end() comes after loss() of every batch"
+        values = mean_over_processes(torch.stack([value.float() for value in self.stats.values()]))
+        progress = self.progress
+        progress.pending.append(Pending(progress.step, self.tau, self._target, lr, list(self.stats), values))
+        progress.step += 1
+        return progress.finished(keep=1)
+
+    @property
+    def complete(self) -> bool:
+        """Whether :meth:`loss` has seen every batch of the step."""
+        return self._number == len(self._shares)
+
+    def _parts(self, counts: list[Tensor]) -> list[Tensor]:
+        """Each batch's share of the step; over all processes they sum to the number of processes."""
+        counts_B = torch.stack(counts)
+        total, scale = counts_B.sum(), 1
+        if self._across and dist.is_available() and dist.is_initialized():
+            counts_B, total = (value.to(self.device, non_blocking=True) for value in (counts_B, total))
+            dist.all_reduce(total)
+            scale = dist.get_world_size()
+        return list(scale * counts_B / total.clamp_min(1))
+
+    def _terms(self, batch: Inputs, seed: str, model: nn.Module | None) -> dict[str, Tensor]:
+        config = self.config
+        inputs = quiet(self.inner, batch if "task" in config.losses else self._without_loss(batch))
+        teacher_logits = None
+        self.tape.inside = targets_of(config, seed)
+        with torch.autocast(self.device.type, torch.bfloat16) if config.autocast else contextlib.nullcontext():
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_logits = self.teacher(**quiet(self.teacher, self._without_loss(batch))).logits
+            with self.tape:
+                output = (self.model if model is None else model)(**inputs)
+        self.tape.check(gradient=True)
+        return batch_terms(config, self.tape, output, batch, teacher_logits)
+
+    def _without_loss(self, batch: Inputs) -> Inputs:
+        """The batch so that a causal language model computes no loss; others may need labels to run."""
+        return {k: v for k, v in batch.items() if k != "labels" or not self.causal}
 
 
-def _task(output: Any) -> Tensor:
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError("the model returned no loss: give it labels that it knows, or set task=0")
-    return loss  # type: ignore[no-any-return]
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel`` and ``torch.compile``."""
+    if isinstance(model, DistributedDataParallel):
+        return unwrapped(model.module)
+    return getattr(model, "_orig_mod", model)
 
 
-def _fit(
-    call: RoutedCall,
-    config: TrainConfig,
-    some_N: Tensor | None,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> Tensor:
-    with autocast():
-        scores_NE, shares_NE, weight_N = fit_sample(call, some_N, config.fit_detached)
-    return losses.contribution_fit(scores_NE, shares_NE, weight_N)
+@contextlib.contextmanager
+def others_frozen(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """No gradients for parameters that ``config.train`` does not name; afterwards as it was.
+
+    Raises:
+        ValueError: if there is nothing to train.
+    """
+    chosen = trained(model, config)
+    # By name: sharding puts other parameters in their place.
+    frozen = {name for name, p in model.named_parameters() if p.requires_grad and name not in chosen}
+    try:
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and name not in frozen)
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad or name in frozen)
 
 
-def _distill_ffn(call: RoutedCall, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> Tensor:
-    assert call.x_TD is not None and call.y_TD is not None, "the tape keeps no inputs or no outputs"
-    with autocast():
-        target_TD = dense_output(call.view, call.x_TD)
-    return losses.distill_ffn(call.y_TD, target_TD, call.weight_T)
+@torch.no_grad()
+def write_tau(layers: Iterable[RoutedExperts], tau: float) -> None:
+    """As :func:`torch_prunepath.set_tau` does with one number, without telling the model's config."""
+    for layer in layers:
+        layer.tau.fill_(layer_tau(tau, layer.budget))
 
 
-def _distill_logits(logits: Tensor, teacher_logits: Tensor, batch: Inputs, temperature: float) -> Tensor:
-    if logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student and teacher differ in the shape of their logits, {tuple(logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}: use a teacher with the same vocabulary"
-        )
-    V = logits.shape[-1]
-    weight_T = logit_weights(batch, tuple(logits.shape[:-1]))
-    return losses.distill_logits(
-        logits.reshape(-1, V), teacher_logits.reshape(-1, V), weight_T, temperature=temperature
-    )
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean over all processes, so that each chooses the same tau."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def _times(term: Tensor, share: Tensor) -> Tensor:
+    # A 0-d tensor on the CPU is taken as a number; copying it to the device would wait for all that is queued there.
+    return term * (share if share.device.type == "cpu" else share.to(term.device))

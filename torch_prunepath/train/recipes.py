@@ -6,6 +6,7 @@ What is decided when the model is made sparse (experts, router initialisation, g
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -57,6 +58,31 @@ def held(steps: int, sparsity: float, distil: float = 0.0) -> TrainConfig:
         router_lr=1e-3,
         contribution_fit=0.1,
         distill_logits=distil,
+    )
+
+
+def lte_stages(
+    steps: int, eta: float = 1.0, first: float = 0.5, lr: float = 5e-5, router_lr: float = 5e-5
+) -> tuple[TrainConfig, TrainConfig]:
+    """The two stages of LTE (arXiv 2402.06126), for a model that :func:`torch_prunepath.baselines.lte` made.
+
+    First every expert, weighed by its sigmoid, with the separation loss; then, routers frozen, those above 0.5 (tau 0.5
+    there). A larger ``eta`` gives a sparser model. Call ``start_second_stage()`` in between.
+
+    Args:
+        steps: of both stages together.
+        eta: weight of the efficiency loss within :func:`torch_prunepath.train.losses.lte_separation`.
+        first: share of the steps that the first stage takes.
+        lr: of the model's weights; the paper's is 5e-5 for GPT-2 Medium.
+        router_lr: of the routers, in the first stage.
+    """
+    if steps < 2 or not 0.0 < first < 1.0:
+        raise ValueError(f"steps={steps}, first={first}: both stages need a step, so steps >= 2 and 0 < first < 1")
+    begin = min(max(1, round(first * steps)), steps - 1)
+    common = TrainConfig(steps=begin, phases=(all_experts(),), lr=lr, router_lr=router_lr, warmup=0.06, decay="linear")
+    return (
+        dataclasses.replace(common, lte_separation=1.0, separation_eta=eta),
+        dataclasses.replace(common, steps=steps - begin, phases=(fixed_tau(0.5),)),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,62 +14,119 @@ from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.controller import SparsityController
 from torch_prunepath.train.optimizer import build_optimizer
 
+Record = dict[str, float]
 
-@dataclass
+
 class Pending:
-    """A step whose numbers are still on the device."""
+    """A step whose numbers are on their way from the device."""
 
-    step: int
-    tau: float
-    target: float | None
-    lr: float
-    names: list[str]
-    values: Tensor
+    def __init__(
+        self, step: int, tau: float, target: float | None, lr: float | None, names: list[str], values: Tensor
+    ) -> None:
+        self.step, self.tau, self.target, self.lr, self.names = step, tau, target, lr, names
+        # Copied behind this step's work, so that reading them does not wait for what is queued after it.
+        self._values = values.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
-    def read(self) -> dict[str, float]:
-        """The step's record; waits for the device.
+    def _read(self) -> list[float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()  # type: ignore[no-any-return]
+
+    def record(self) -> Record:
+        """The step's record; waits until the device has done the step.
 
         Raises:
             FloatingPointError: if the loss is not finite.
         """
-        values = dict(zip(self.names, self.values.tolist(), strict=True))
+        values = dict(zip(self.names, self._read(), strict=True))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss is {values['loss']} at step {self.step}: lower the learning rates or give a longer warmup"
             )
         aim = {} if self.target is None else {"target": self.target}
-        return {"step": self.step, **values, **aim, "tau": self.tau, "lr": self.lr}
+        rate = {} if self.lr is None else {"lr": self.lr}
+        return {"step": self.step, **values, **aim, "tau": self.tau, **rate}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, from which :meth:`of` makes it again."""
+        named = {"step": self.step, "tau": self.tau, "target": self.target, "lr": self.lr}
+        return {**named, "names": list(self.names), "values": self._read()}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Pending:
+        """The inverse of :meth:`state_dict`."""
+        return cls(**{**state, "values": torch.tensor(state["values"], dtype=torch.float32)})
 
 
-class TrainState:
+class Progress:
+    """Controller and position of a run: all that has to be saved besides model, optimiser and random numbers.
+
+    Args:
+        config: the run's.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.controller = SparsityController(config.control_rate)
+        self.step = 0
+        self.pending: list[Pending] = []
+
+    def finished(self, keep: int) -> list[Record]:
+        """Records of all but the latest ``keep`` steps; the controller learns from them."""
+        records = []
+        while len(self.pending) > keep:
+            record = self.pending.pop(0).record()
+            self.controller.observe(record["tau"], record["sparsity"])
+            records.append(record)
+        return records
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; waits for the device."""
+        return {
+            "config": self.config.to_dict(),
+            "controller": self.controller.state_dict(),
+            "step": self.step,
+            "pending": [pending.state_dict() for pending in self.pending],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: if it was saved with another config.
+        """
+        mine = self.config.to_dict()
+        for name, value in TrainConfig.from_dict(state["config"]).to_dict().items():
+            if mine[name] != value:
+                raise ValueError(
+                    f"the saved state is of another run, with {name}={value!r}, not {mine[name]!r}: "
+                    "resume with TrainConfig.from_dict(state['config'])"
+                )
+        self.controller.load_state_dict(state["controller"])
+        self.step = state["step"]
+        self.pending = [Pending.of(pending) for pending in state["pending"]]
+
+
+class TrainState(Progress):
     """Optimiser, controller, random numbers and position of a run of :func:`torch_prunepath.train.train`.
 
     Save :meth:`state_dict` together with the model, and load both to go on: on CPU, stopping and resuming gives bit for
     bit what an uninterrupted run gives, provided the batches come in the same order.
 
     Args:
-        model: the sparse model to be trained, on its device.
+        model: the sparse model to be trained, on its device, and sharded already if it shall be.
         config: the run's.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.optimizer = build_optimizer(model, config)
-        self.controller = SparsityController(config.control_rate)
-        self.step = 0
-        self.pending: list[Pending] = []
         self.rng: dict[str, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; ``torch.save`` takes it, and ``torch.load`` with ``weights_only`` gives it back."""
-        return {
-            "config": self.config.to_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "controller": self.controller.state_dict(),
-            "step": self.step,
-            "pending": [dict(vars(pending)) for pending in self.pending],
-            "rng": self.rng,
-        }
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "rng": self.rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
@@ -78,17 +134,8 @@ class TrainState:
         Raises:
             ValueError: if it was saved with another config, or of another model.
         """
-        mine = self.config.to_dict()
-        for name, value in state["config"].items():
-            if mine.get(name) != value:
-                raise ValueError(
-                    f"the saved state is of another run, with {name}={value!r}, not {mine.get(name)!r}: "
-                    "resume with TrainConfig.from_dict(state['config'])"
-                )
+        super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.controller.load_state_dict(state["controller"])
-        self.step = state["step"]
-        self.pending = [Pending(**pending) for pending in state["pending"]]
         self.rng = state["rng"]
 
     def remember_random(self, device: torch.device) -> None:

@@ -33,6 +33,7 @@ class RoutedCall:
         weight_T: float32, 0 for padding and 1 for other tokens; None where every token counts.
         x_TD: the layer's input with its graph, if the tape keeps inputs.
         y_TD: the layer's output with its graph, if the tape keeps outputs.
+        inside: what the tape's ``inside`` answered.
     """
 
     name: str
@@ -43,6 +44,7 @@ class RoutedCall:
     weight_T: Tensor | None
     x_TD: Tensor | None = None
     y_TD: Tensor | None = None
+    inside: Any = None
 
 
 class RoutingTape:
@@ -55,6 +57,8 @@ class RoutingTape:
         model: a sparse model, or a module that holds one.
         inputs: keep each layer's input (alive until the tape is reopened or dropped).
         outputs: keep each layer's output.
+        inside: called with each call (and its input) while the layer runs; what it answers is kept with the call. For
+            what reads the layer's weights, which are whole only then if they are sharded (FSDP2). It may be set anew.
 
     Raises:
         ValueError: if the model holds no sparse FFN.
@@ -67,8 +71,15 @@ class RoutingTape:
         loss = loss + 1e-3 * sum(load_balance(c.scores_TE, c.weight_T) for c in tape.calls) / len(tape.calls)
     """
 
-    def __init__(self, model: nn.Module, *, inputs: bool = True, outputs: bool = False) -> None:
-        self._model, self._inputs, self._outputs = model, inputs, outputs
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        inputs: bool = True,
+        outputs: bool = False,
+        inside: Callable[[RoutedCall], Any] | None = None,
+    ) -> None:
+        self._model, self._inputs, self._outputs, self.inside = model, inputs, outputs, inside
         self.layers, self._views = sparse_layers(model), sparse_views(model)
         self._depth = 0
         self._stack = contextlib.ExitStack()
@@ -112,8 +123,12 @@ class RoutingTape:
                 routing.scores_TE,
                 routing.mask_TE,
                 None if keep_T is None else keep_T.to(routing.scores_TE.device, torch.float32),
-                routing.x_TD if self._inputs else None,
+                routing.x_TD,
             )
+            if self.inside is not None:
+                call.inside = self.inside(call)
+            if not self._inputs:
+                call.x_TD = None
             self._latest[name] = call
             self.calls.append(call)
 

@@ -5,6 +5,9 @@ Shapes: N tokens, D hidden size, E experts.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -42,18 +45,39 @@ def sample_tokens(total: int, tokens: int, seed: str, device: torch.device) -> T
     return torch.randperm(total, generator=generator)[:tokens].to(device, non_blocking=True)
 
 
+@contextlib.contextmanager
+def beside_the_layer(device: torch.device) -> Iterator[None]:
+    """What is computed inside a layer's forward without being a part of it.
+
+    Gradient checkpointing would miss tensors saved here when it runs the layer again without this: they bypass it.
+    And a weight that autocast casts here, without gradient, must not be what the layer itself finds in the cache.
+    """
+    kind = device.type
+    with (
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        ),
+    ):
+        yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def fit_sample(call: RoutedCall, some_N: Tensor | None, detach: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scores, contribution shares and weights of some of a call's tokens.
 
     Args:
-        call: from a tape that keeps inputs.
+        call: with its input.
         some_N: which tokens, int64; None for all. Padding among them has weight 0.
         detach: let the scores' gradient reach the router only, not what computed its input.
 
     Returns:
         ``[N, E]`` with graph, ``[N, E]`` without, ``[N]`` or None.
     """
-    assert call.x_TD is not None, "the tape keeps no inputs"
+    assert call.x_TD is not None, "the call has no input"
     x_ND, scores_NE, weight_N = call.x_TD, call.scores_TE, call.weight_T
     if some_N is not None:
         x_ND, scores_NE = x_ND[some_N], scores_NE[some_N]

@@ -1,0 +1,57 @@
+"""Training over several devices, each of which holds a part of every weight: FSDP2 (``fully_shard``)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torch_prunepath.sparsify import sparse_views
+from torch_prunepath.sparsity import sparse_layers
+from torch_prunepath.train.config import TrainConfig
+
+
+def contiguous(model: nn.Module) -> nn.Module:
+    """Store every weight of a sparse model row by row, in place, as ``fully_shard`` demands; values stay.
+
+    Sparse models keep ``down`` column by column for decoding. Saving and loading brings that layout back.
+
+    Returns:
+        The same model.
+
+    Example::
+
+        contiguous(model)
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        train(model, batches, config)
+
+    Raises:
+        ValueError: if the model holds no sparse FFN.
+    """
+    for view in sparse_views(model).values():
+        for parameter in view.parameters():
+            parameter.data = parameter.data.contiguous()
+    return model
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has a part in the module's own parameters or those below."""
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+
+
+def check_sharded(model: nn.Module, config: TrainConfig) -> None:
+    """Refuse what FSDP2 would compute wrongly without saying so.
+
+    It hands gradients out when the backward pass comes through the outputs of what it shards.
+
+    Raises:
+        ValueError: with a remedy.
+    """
+    if not is_sharded(model):
+        return
+    gates = {layer.experts.gate for layer in sparse_layers(model).values()}
+    if not config.losses.keys() & {"task", "distill_logits"} or (config.train == "routers" and gates == {"one"}):
+        raise ValueError(
+            "the model is sharded (FSDP2), and no loss has a gradient through the model's output, without which FSDP2 "
+            "gives routers none: use DistributedDataParallel, or give task or distill_logits a weight with train='all'"
+        )

@@ -1,0 +1,132 @@
+"""Every loss term of one batch, by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_prunepath.data import Inputs
+from torch_prunepath.train import losses
+from torch_prunepath.train.batches import logit_weights
+from torch_prunepath.train.config import TrainConfig
+from torch_prunepath.train.shard import check_sharded
+from torch_prunepath.train.tape import RoutedCall, RoutingTape
+from torch_prunepath.train.targets import beside_the_layer, dense_output, fit_sample, sample_tokens
+
+
+def check_model(model: nn.Module, tape: RoutingTape, config: TrainConfig, teacher: nn.Module | None) -> None:
+    """Refuse what could not train.
+
+    Raises:
+        ValueError: with a remedy.
+    """
+    if config.distill_logits and teacher is None:
+        raise ValueError("distill_logits needs the dense model: pass teacher=, or set it to 0")
+    if teacher is not None and not config.distill_logits:
+        raise ValueError("a teacher is given, but distill_logits is 0: give it a weight, or leave the teacher out")
+    gates = {layer.experts.gate for layer in tape.layers.values()}
+    reaches_scores = ("entropy", "load_balance", "lte_separation", "contribution_fit")
+    if config.train == "routers" and gates == {"one"} and not config.losses.keys() & set(reaches_scores):
+        raise ValueError(
+            "nothing trains the routers: with gate='one' the model's output has no gradient towards them; "
+            f"give one of {', '.join(reaches_scores)} a weight"
+        )
+    check_sharded(model, config)
+
+
+@dataclass
+class Inside:
+    """What is computed while a layer runs, when its weights are whole (FSDP2 shards them again afterwards).
+
+    Attributes:
+        fit: scores, shares and weights of sampled tokens; see :func:`torch_prunepath.train.targets.fit_sample`.
+        dense_TD: the layer's output with every expert active.
+    """
+
+    fit: tuple[Tensor, Tensor, Tensor | None] | None = None
+    dense_TD: Tensor | None = None
+
+
+def targets_of(config: TrainConfig, seed: str) -> Callable[[RoutedCall], Inside] | None:
+    """What the tape of a forward pass computes inside each layer, for :func:`batch_terms`; None for nothing.
+
+    Args:
+        config: says which terms are on.
+        seed: of sampled tokens.
+    """
+    if not (config.contribution_fit or config.distill_ffn):
+        return None
+
+    @functools.cache
+    def sample_of(total: int, device: torch.device) -> Tensor | None:
+        return sample_tokens(total, config.fit_tokens, seed, device)
+
+    def inside(call: RoutedCall) -> Inside:
+        assert call.x_TD is not None
+        found, scores_TE = Inside(), call.scores_TE
+        with beside_the_layer(scores_TE.device):
+            if config.contribution_fit:
+                some_N = sample_of(scores_TE.shape[0], scores_TE.device)
+                found.fit = fit_sample(call, some_N, config.fit_detached)
+            if config.distill_ffn:
+                found.dense_TD = dense_output(call.view, call.x_TD)
+        return found
+
+    return inside
+
+
+def batch_terms(
+    config: TrainConfig, tape: RoutingTape, output: Any, batch: Inputs, teacher_logits: Tensor | None
+) -> dict[str, Tensor]:
+    """The terms whose weight is not 0, 0-d float32 each, unweighted.
+
+    Args:
+        config: says which.
+        tape: of the forward pass that gave ``output``, with :func:`targets_of` inside.
+        output: the model's output, with ``loss`` and ``logits`` as far as they are needed.
+        batch: the model's inputs.
+        teacher_logits: the teacher's on the same batch; needed for ``distill_logits``.
+    """
+    per_call: dict[str, Callable[[RoutedCall], Tensor]] = {
+        "entropy": lambda call: losses.entropy(call.scores_TE, call.weight_T),
+        "load_balance": lambda call: losses.load_balance(call.scores_TE, call.weight_T),
+        "lte_separation": lambda call: losses.lte_separation(call.scores_TE, call.weight_T, eta=config.separation_eta),
+        "contribution_fit": lambda call: losses.contribution_fit(*call.inside.fit),
+        "distill_ffn": lambda call: losses.distill_ffn(call.y_TD, call.inside.dense_TD, call.weight_T),  # type: ignore[arg-type]
+    }
+    terms: dict[str, Tensor] = {}
+    for name in config.losses:
+        if name == "task":
+            terms[name] = _task(output)
+        elif name == "distill_logits":
+            assert teacher_logits is not None
+            terms[name] = _distill_logits(output.logits, teacher_logits, batch, config.temperature)
+        else:
+            device = tape.calls[0].scores_TE.device
+            terms[name] = torch.stack([per_call[name](call).to(device) for call in tape.calls]).mean()
+    return terms
+
+
+def _task(output: Any) -> Tensor:
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError("the model returned no loss: give it labels that it knows, or set task=0")
+    return loss  # type: ignore[no-any-return]
+
+
+def _distill_logits(logits: Tensor, teacher_logits: Tensor, batch: Inputs, temperature: float) -> Tensor:
+    if logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student and teacher differ in the shape of their logits, {tuple(logits.shape)} and "
+            f"{tuple(teacher_logits.shape)}: use a teacher with the same vocabulary"
+        )
+    V = logits.shape[-1]
+    weight_T = logit_weights(batch, tuple(logits.shape[:-1]))
+    return losses.distill_logits(
+        logits.reshape(-1, V), teacher_logits.reshape(-1, V), weight_T, temperature=temperature
+    )
