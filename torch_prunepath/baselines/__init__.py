@@ -1,0 +1,37 @@
+"""Other methods, on the same harness: what ours is compared with.
+
+Routed methods (``moefication``, ``lte``, ``d2dmoe``) become sparse layers whose tau, records and training are ours;
+``prune`` and ``train_dense`` are the static ones; ``cats`` and ``teal`` need no training and zero single activations.
+They are there for comparison: what they add to a model is in no checkpoint.
+"""
+
+from __future__ import annotations
+
+from torch_prunepath.baselines.dense import train_dense
+from torch_prunepath.baselines.dynamic_k import d2dmoe
+from torch_prunepath.baselines.hoyer import enforce_sparsity, square_hoyer
+from torch_prunepath.baselines.pruning import Pruned, prune
+from torch_prunepath.baselines.released import released_prunepath
+from torch_prunepath.baselines.routed import RoutedBaseline
+from torch_prunepath.baselines.sigmoid import LTE, lte
+from torch_prunepath.baselines.thresholds import Thresholding, ThresholdRecord, cats, teal
+from torch_prunepath.baselines.top_k import MoEfication, moefication
+
+__all__ = [
+    "LTE",
+    "MoEfication",
+    "Pruned",
+    "RoutedBaseline",
+    "ThresholdRecord",
+    "Thresholding",
+    "cats",
+    "d2dmoe",
+    "enforce_sparsity",
+    "lte",
+    "moefication",
+    "prune",
+    "released_prunepath",
+    "square_hoyer",
+    "teal",
+    "train_dense",
+]

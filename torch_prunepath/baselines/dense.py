@@ -1,0 +1,61 @@
+"""Training a dense model (as it is, or statically pruned) with the same loop, optimiser and data as sparse ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from torch_prunepath.config import SparsifyConfig
+from torch_prunepath.discover import find_ffns
+from torch_prunepath.sparsify import densify, sparsify
+from torch_prunepath.sparsity import sparse_layers
+from torch_prunepath.train.config import TrainConfig
+from torch_prunepath.train.loop import train
+from torch_prunepath.train.schedule import all_experts
+
+_DENSE_LOSSES = {"task", "distill_logits"}
+
+
+def train_dense(
+    model: nn.Module, batches: Iterable[Any], config: TrainConfig, **options: Any
+) -> list[dict[str, float]]:
+    """Train a dense model in place, as :func:`torch_prunepath.train.train` trains a sparse one.
+
+    While it runs, each FFN is one expert that is always active. ``config.phases`` is not looked at.
+
+    Args:
+        model: a dense model whose FFNs :func:`torch_prunepath.find_ffns` finds.
+        batches: as for ``train``.
+        config: as for ``train``; losses on routers or experts are refused.
+        **options: ``teacher``, ``progress`` and ``callback`` of ``train``.
+
+    Raises:
+        ValueError: as ``train`` and ``sparsify``.
+    """
+    foreign = [name for name in config.losses if name not in _DENSE_LOSSES]
+    if foreign:
+        raise ValueError(f"{foreign[0]} says nothing about a dense model: set it to 0")
+    if config.train != "all":
+        raise ValueError("train='routers' leaves nothing to train in a dense model: choose train='all'")
+    if "state" in options:
+        raise ValueError("a state cannot outlive a dense run: leave state= out")
+    with one_expert_each(model):
+        return train(model, batches, dataclasses.replace(config, phases=(all_experts(),)), **options)
+
+
+@contextlib.contextmanager
+def one_expert_each(model: nn.Module) -> Iterator[None]:
+    """Inside the context each FFN of a dense model is a sparse layer with one expert, which is always active."""
+    widest = max(spec.ffn_size for spec in find_ffns(model))
+    config = SparsifyConfig(expert_size=widest, partition="contiguous", router="zero", budget="uniform")
+    sparsify(model, tau=1.0, config=config, progress=False)
+    try:
+        for layer in sparse_layers(model).values():
+            layer.router.requires_grad_(False)
+        yield
+    finally:
+        densify(model)

@@ -1,0 +1,99 @@
+"""D2DMoE (Szatkowski et al., arXiv 2310.04361): routers predict the norm of what each expert would put out.
+
+A token gets the experts whose predicted norm comes near its largest one, or (the other rule of the released code) the
+largest until they hold a share of the sum. The method's first stage, which makes a dense model's activations sparser,
+is :func:`torch_prunepath.baselines.enforce_sparsity`. Its conversion of attention projections is left out.
+
+Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, RoutedBaseline, calibration_inputs, convert
+from torch_prunepath.baselines.routers import MLPRouter, fit, linear
+from torch_prunepath.baselines.rules import cumulative_share, near_largest
+from torch_prunepath.config import check_choice, num_experts
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.router import Router
+from torch_prunepath.sparsity import set_tau
+
+DynamicK = Literal["max", "cumulative"]
+
+
+def d2dmoe(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    rule: DynamicK = "max",
+    expert_size: int = 32,
+    width: int = 128,
+    tau: float = 0.9,
+    tokens: int = CALIBRATION_TOKENS,
+    epochs: int = 30,
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> RoutedBaseline:
+    """Apply D2DMoE to a dense model, in place. Routers are frozen. For comparison: no checkpoint holds them.
+
+    Experts are balanced k-means clusters of gate (or else up) rows. Each router is ``D -> width -> E`` with a ReLU
+    inside and the absolute value of its output, fitted by mean squared error (Adam) to the L2 norms of the experts'
+    outputs, the down-projection's bias left out.
+
+    Args:
+        model: a dense model.
+        calibration: what routers are fitted on, as for :func:`torch_prunepath.sparsify`; with None a causal language
+            model samples its own text.
+        tokenizer: for texts.
+        rule: ``"max"``: norms of at least ``1 - tau`` times the largest (the paper's rule; its own tau is ``1 - tau``);
+            ``"cumulative"``: the largest, until they hold the share tau of their sum.
+        expert_size: S.
+        width: of the routers.
+        tau: in (0, 1]; 1 activates every expert.
+        tokens: of calibration data used, at most.
+        epochs: passes over them.
+        lr: learning rate of the routers.
+        seed: of clustering, sampled text and routers.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if nothing can be converted or the data does not fit. The model is as it was.
+    """
+    check_choice("rule", rule, DynamicK)
+    inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
+    build = partial(_build, expert_size=expert_size, width=width, epochs=epochs, lr=lr, seed=seed)
+    select = near_largest if rule == "max" else cumulative_share
+    convert(model, expert_size, build, select, inputs, seed=seed, progress=progress)
+    handle = RoutedBaseline(model, inputs)
+    try:
+        set_tau(model, tau)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _build(
+    view: FFNView, x_ND: Tensor | None, *, expert_size: int, width: int, epochs: int, lr: float, seed: int
+) -> Router:
+    assert x_ND is not None
+    generator = torch.Generator().manual_seed(seed)
+    layer = partial(linear, bias=True, device=x_ND.device, generator=generator)
+    experts = num_experts(view.spec.ffn_size, expert_size)
+    router = MLPRouter.stack(layer(view.spec.hidden_size, width), layer(width, experts), "relu", magnitude=True)
+    norms_NE = expert_norms(view.hidden(x_ND), view.down_FD, expert_size)
+    return fit(router, x_ND, norms_NE, nnf.mse_loss, lr=lr, epochs=epochs, seed=seed)
+
+
+def expert_norms(h_NF: Tensor, down_FD: Tensor, expert_size: int) -> Tensor:
+    """L2 norm of each expert's output, ``[N, F], [F, D] -> [N, E]`` float32."""
+    parts = zip(h_NF.split(expert_size, dim=1), down_FD.split(expert_size), strict=True)
+    return torch.stack([(h.float() @ down.float()).norm(dim=-1) for h, down in parts], dim=-1)

@@ -1,0 +1,149 @@
+"""The first stage of D2DMoE (arXiv 2310.04361): fine-tuning a dense model towards sparser activations.
+
+Adds the mean square Hoyer norm, ``(sum |a|)^2 / sum a^2`` of each token's activations, to the objective: the number of
+neurons that do something, were they all equal.
+
+Shapes: T tokens, F neurons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.baselines.dense import train_dense
+from torch_prunepath.calibrate import PaddingTracker, removing
+from torch_prunepath.config import check_choice
+from torch_prunepath.discover import find_ffns
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.train.config import TrainConfig
+from torch_prunepath.train.losses import weighted_mean
+
+Target = Literal["activations", "preactivations"]
+
+
+def square_hoyer(values_TF: Tensor) -> Tensor:
+    """``(sum |v|)^2 / sum v^2`` of each row, float32 ``[T]``: from 1 (one value) to F (all alike); 0 for zeros."""
+    values_TF = values_TF.float()
+    return values_TF.abs().sum(-1).square() / (values_TF.square().sum(-1) + 1e-15)
+
+
+def enforce_sparsity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: TrainConfig,
+    *,
+    weight: float = 1e-3,
+    on: Target | None = None,
+    displacement: float = -10.0,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """Fine-tune a dense model towards sparse activations, in place; then convert it with ``d2dmoe``.
+
+    Activation functions stay what they are; some of the paper's models replace them by ReLU first.
+
+    Args:
+        model: a dense model.
+        batches: as for :func:`torch_prunepath.train.train`.
+        config: as for :func:`torch_prunepath.baselines.train_dense`.
+        weight: of the penalty, a mean over tokens that are no padding, then over FFNs.
+        on: ``"activations"``: what the gate's (or a plain FFN's) activation function puts out, for ReLU;
+            ``"preactivations"``: what it receives, as far as it lies above ``displacement``, for functions that are
+            smooth, as in the released code. None chooses by the activation function.
+        displacement: see ``on``.
+        **options: as for ``train_dense``.
+
+    Returns:
+        The records of ``train``, with the penalty as ``hoyer``.
+
+    Raises:
+        ValueError: as ``train_dense``; or if the weight is negative.
+    """
+    if on is not None:
+        check_choice("on", on, Target)
+    if not weight >= 0:
+        raise ValueError(f"weight={weight} must not be negative: 0 turns the penalty off")
+    views = [FFNView(model, spec) for spec in find_ffns(model)]
+    penalty = _Penalty(len(views), weight / config.accumulation, on, displacement)
+    with penalty.watching(model, views):
+        records = train_dense(model, batches, config, **options)
+    means = penalty.means(config.accumulation)
+    return [{**record, "hoyer": mean} for record, mean in zip(records, means, strict=True)]
+
+
+class _Penalty:
+    """Adds the gradient of a mean over FFNs, one FFN at a time as they run."""
+
+    def __init__(self, layers: int, weight: float, on: Target | None, displacement: float) -> None:
+        self.layers, self.weight, self.on, self.displacement = layers, weight, on, displacement
+        self._running = False
+        self._batches: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module, views: list[FFNView]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            enter = stack.enter_context
+            enter(removing(model.register_forward_pre_hook(self._start)))
+            enter(removing(model.register_forward_hook(self._end, always_call=True)))
+            tracker = enter(PaddingTracker(model))
+            for view in views:
+                watched = view.up if view.gate is None else view.gate
+                enter(removing(watched.register_forward_hook(self._add(view, tracker))))
+            yield
+
+    def means(self, accumulation: int) -> list[float]:
+        """The penalty of each step, unweighted."""
+        if not self._batches:
+            return []
+        return torch.stack(self._batches).view(-1, accumulation).mean(-1).tolist()
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self._running = True
+        self._batches.append(torch.zeros((), device=next(module.parameters()).device))
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running = False
+
+    def _add(self, view: FFNView, tracker: PaddingTracker) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            pre_TF = _gate_half(view, output).reshape(-1, view.spec.ffn_size)
+            keep_T = tracker.keep(args[0].shape[:-1])
+            term = weighted_mean(square_hoyer(self._target(view, pre_TF)), None if keep_T is None else keep_T.float())
+            term = term / self.layers
+            if self._running:  # and not computed anew by gradient checkpointing
+                self._batches[-1] += term.detach().to(self._batches[-1].device)
+            return _WithTerm.apply(output, self.weight * term)
+
+        return hook
+
+    def _target(self, view: FFNView, pre_TF: Tensor) -> Tensor:
+        relu = view.spec.activation in ("relu", "relu2")
+        if (self.on or ("activations" if relu else "preactivations")) == "activations":
+            return ACTIVATIONS[view.spec.activation](pre_TF)
+        return pre_TF.clamp_min(self.displacement) - self.displacement
+
+
+def _gate_half(view: FFNView, output: Tensor) -> Tensor:
+    if view.spec.fused is None:
+        return output
+    first, second = output.chunk(2, dim=-1)
+    return first if view.spec.fused == "gate_up" else second
+
+
+class _WithTerm(torch.autograd.Function):
+    """Passes a tensor on; in the backward pass, a scalar term receives the gradient of a sum with the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(term)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        (term,) = ctx.saved_tensors
+        return grad, torch.ones_like(term)

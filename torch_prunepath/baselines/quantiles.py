@@ -1,0 +1,40 @@
+"""Thresholds under which a given share of measured magnitudes lies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+POINTS = 2048
+"""Intervals of equal share that a distribution is kept as, at most."""
+VALUES = 1 << 22
+"""Magnitudes that are sorted, at most: an even sample of more."""
+
+
+class Quantiles:
+    """The distribution of magnitudes, kept as a table.
+
+    Args:
+        values: any shape, not empty; their absolute values count.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        flat = values.detach().reshape(-1)
+        # An odd step, so that the sample does not stay on a few columns of a matrix.
+        flat = flat[:: -(-flat.numel() // VALUES) | 1].abs().float()
+        points = max(1, min(POINTS, flat.numel() - 1))
+        places = torch.linspace(0, flat.numel() - 1, points + 1, dtype=torch.float64).round().long()
+        self.table: list[float] = flat.sort().values[places.to(flat.device)].tolist()
+
+    def threshold(self, share: float) -> float:
+        """The magnitude under which this share of the values lies, in [0, 1]; 0 for none, infinity for all."""
+        if share <= 0.0:
+            return 0.0
+        if share >= 1.0:
+            return math.inf
+        place = share * (len(self.table) - 1)
+        below = int(place)
+        low, high = self.table[below], self.table[below + 1]
+        return low + (place - below) * (high - low)

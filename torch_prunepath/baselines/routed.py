@@ -1,0 +1,161 @@
+"""What the routed baselines share: a dense model becomes experts with another router and another selection rule.
+
+A baseline is our own sparse layers with these two replaced, so that training, sparsity targets and records are the same
+code for every method. It is there to be compared with: its routers and rules are in no checkpoint. A model that is
+saved while a baseline is on it loads as the dense model.
+
+Shapes: N calibration tokens, D hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from torch_prunepath.baselines.rules import Selection, SelectionRule
+from torch_prunepath.calibrate import visit_inputs
+from torch_prunepath.config import Gate, SparsifyConfig
+from torch_prunepath.data import Inputs, as_inputs, can_sample, sample_text
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.manifest import attach
+from torch_prunepath.router import Router
+from torch_prunepath.sparsify import densify, sparse_views, sparsify
+from torch_prunepath.sparsity import set_sparsity, sparse_layers
+
+CALIBRATION_TOKENS = 16384
+"""Calibration tokens used, at most, unless the caller says otherwise."""
+
+BuildRouter = Callable[[FFNView, Tensor | None], Router]
+"""``(view, x_ND) -> router`` for an FFN whose neurons are in expert order; ``x_ND`` is None without data."""
+
+
+class RoutedBaseline:
+    """A baseline on a model. ``set_tau``, ``record_sparsity``, ``train`` … work on the model as on one of ours.
+
+    Args:
+        model: a model made by :func:`convert`.
+        inputs: calibration data, for :meth:`set_sparsity`.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
+        self.model, self._inputs = model, inputs
+
+    @property
+    def layers(self) -> dict[str, RoutedExperts]:
+        """The sparse layers by name."""
+        return sparse_layers(self.model)
+
+    def set_sparsity(
+        self, share: float, batches: Any = None, *, tokenizer: Any = None, progress: bool = False
+    ) -> float:
+        """Make this share of the neurons inactive, on average over ``batches``, and return the tau that does.
+
+        Args:
+            share: in [0, 1).
+            batches: as for :func:`torch_prunepath.set_sparsity`; None: the calibration data.
+            tokenizer: for texts.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: as :func:`torch_prunepath.set_sparsity`; also if there are neither batches nor calibration data.
+        """
+        batches = self._inputs if batches is None else batches
+        if batches is None:
+            raise ValueError("there is no data to measure sparsity on: pass batches=")
+        return set_sparsity(self.model, share, batches, tokenizer=tokenizer, progress=progress)
+
+    def freeze_routers(self, frozen: bool = True) -> None:
+        """Keep the routers out of training, or (with False) let them in again."""
+        for layer in self.layers.values():
+            layer.router.requires_grad_(not frozen)
+
+    def set_gate(self, gate: Gate) -> None:
+        """Weigh active experts' outputs by the sigmoid of their scores, or by one."""
+        for layer in self.layers.values():
+            layer.experts = dataclasses.replace(layer.experts, gate=gate)
+
+    def remove(self) -> None:
+        """Make the model dense again; its weights stay as they were trained."""
+        densify(self.model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def calibration_inputs(
+    model: nn.Module, calibration: Any, tokenizer: Any, tokens: int, seed: int, progress: bool
+) -> Inputs:
+    """Model inputs from whatever the caller has; text that the model writes itself where that is None.
+
+    Raises:
+        ValueError: if there is nothing and the model cannot write, or the data does not fit.
+    """
+    if calibration is None:
+        if not can_sample(model):
+            raise ValueError(f"{type(model).__name__} cannot write its own calibration text: pass calibration=")
+        calibration = sample_text(model, tokens, seed, progress)
+    return as_inputs(calibration, model, tokenizer, tokens)
+
+
+def convert(
+    model: nn.Module,
+    expert_size: int,
+    build: BuildRouter,
+    rule: SelectionRule,
+    inputs: Inputs | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """Group each FFN's neurons by balanced k-means of their weights, and give it a router and a rule, in place.
+
+    Afterwards every expert is active (tau = 1), every gate is 1, routers take part in no training.
+
+    Args:
+        model: a dense model.
+        expert_size: S.
+        build: makes each layer's router.
+        rule: selects.
+        inputs: what the routers are built from, on the hidden states of the dense model.
+        seed: of the clustering.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: as :func:`torch_prunepath.sparsify`. The model is as it was.
+    """
+    config = SparsifyConfig(expert_size=expert_size, partition="kmeans", router="zero", budget="uniform", seed=seed)
+    sparsify(model, tau=1.0, config=config, progress=progress)
+    try:
+        routers = _build_all(model, build, inputs, progress)
+        for name, layer in sparse_layers(model).items():
+            layer.router = routers[name].to(layer.router.weight.dtype).requires_grad_(False)
+            layer.register_routing_hook(Selection(layer, rule))
+    except BaseException:
+        densify(model)
+        raise
+    attach(model, None)  # what it says holds for our own routers and rules
+
+
+def _build_all(model: nn.Module, build: BuildRouter, inputs: Inputs | None, progress: bool) -> dict[str, Router]:
+    views = sparse_views(model)
+    routers: dict[str, Router] = {}
+    with tqdm(total=len(views), desc="building routers", unit="layer", disable=not progress) as bar:
+
+        def visit(view: FFNView, x_ND: Tensor | None) -> None:
+            routers[view.site] = build(view, x_ND)
+            bar.update()
+
+        if inputs is None:
+            for view in views.values():
+                visit(view, None)
+        else:
+            visit_inputs(model, list(views.values()), inputs, visit)
+    return routers

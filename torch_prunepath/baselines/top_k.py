@@ -1,0 +1,156 @@
+"""MoEfication (Zhang et al., arXiv 2110.01786): a fixed number of experts for every token.
+
+Experts are balanced k-means clusters of each neuron's L2-normalised gate (or else up) row. A router ranks them: by the
+distance of the token, at norm 1, from each expert's mean row, or by a small network that predicts how much each expert
+will activate. Both follow the released code, which was written for ReLU networks: where an FFN is gated, what counts
+as activation is the gate's, its positive part.
+
+Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, RoutedBaseline, calibration_inputs, convert
+from torch_prunepath.baselines.routers import MLPRouter, UnitRouter, fit
+from torch_prunepath.baselines.rules import top_share
+from torch_prunepath.config import check_choice
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.router import Router, centroid_init, expert_sums
+from torch_prunepath.sparsity import set_tau
+
+MoEficationRouter = Literal["mlp", "centroid"]
+
+PUBLISHED_SHARE = 0.2
+"""Share of the experts that the paper's main results activate."""
+
+
+class MoEfication(RoutedBaseline):
+    """Fixed top-k experts. tau is the share of active experts: ``k = round(tau * E)``, the same for every token."""
+
+    def set_sparsity(
+        self, share: float, batches: Any = None, *, tokenizer: Any = None, progress: bool = False
+    ) -> float:
+        """Make this share of the experts inactive; needs no data, and ignores it. Returns tau.
+
+        The share of neurons differs a little where E is no multiple, or where the last expert is smaller.
+
+        Raises:
+            ValueError: if share is outside [0, 1).
+        """
+        if not 0.0 <= share < 1.0:
+            raise ValueError(
+                f"target sparsity {share} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the experts"
+            )
+        set_tau(self.model, 1.0 - share)
+        return 1.0 - share
+
+
+def moefication(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    router: MoEficationRouter = "mlp",
+    expert_size: int = 32,
+    tau: float = PUBLISHED_SHARE,
+    tokens: int = CALIBRATION_TOKENS,
+    epochs: int = 30,
+    seed: int = 0,
+    progress: bool = True,
+) -> MoEfication:
+    """Apply MoEfication to a dense model, in place: usable without training, or :func:`torch_prunepath.train.train` it.
+
+    Routers are frozen: the paper trains the model around them. For comparison: no checkpoint holds them.
+
+    Args:
+        model: a dense model.
+        calibration: what ``router="mlp"`` is fitted on, as for :func:`torch_prunepath.sparsify`; with None a causal
+            language model samples its own text. ``router="centroid"`` looks at weights alone.
+        tokenizer: for texts.
+        router: ``"mlp"``: ``D -> E -> E`` with tanh, no biases, starting at the centroids and the identity, fitted by
+            binary cross-entropy to each expert's summed positive activations over the batch's largest (Adam, 0.01);
+            or ``"centroid"``.
+        expert_size: S.
+        tau: share of the experts that are active.
+        tokens: of calibration data used, at most.
+        epochs: passes over them.
+        seed: of clustering, sampled text and fitting.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if nothing can be converted or the data does not fit. The model is as it was.
+    """
+    check_choice("router", router, MoEficationRouter)
+    if router == "centroid" and calibration is not None:
+        raise ValueError("router='centroid' looks at weights alone: leave calibration out, or choose router='mlp'")
+    inputs = None
+    if router == "mlp":
+        inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
+    build = partial(_build, router=router, expert_size=expert_size, epochs=epochs, seed=seed)
+    convert(model, expert_size, build, top_share, inputs, seed=seed, progress=progress)
+    handle = MoEfication(model, inputs)
+    try:
+        set_tau(model, tau)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _build(
+    view: FFNView, x_ND: Tensor | None, *, router: MoEficationRouter, expert_size: int, epochs: int, seed: int
+) -> Router:
+    centres_ED = centroid_init(view, torch.arange(view.spec.ffn_size), expert_size)
+    if router == "centroid":
+        # Ranks as the distance does from a token x of norm 1: |x - c|^2 = 1 - 2 (x c - |c|^2 / 2).
+        return UnitRouter.of(centres_ED, -0.5 * centres_ED.square().sum(-1))
+    assert x_ND is not None
+    identity_EE = torch.eye(len(centres_ED), device=centres_ED.device)
+    mlp = MLPRouter.stack(Router.of(centres_ED, None), Router.of(identity_EE, None), "tanh", unit_input=True)
+    labels_NE = activation_sums(view, x_ND, expert_size)
+    return fit(mlp, x_ND, labels_NE, _cross_entropy, lr=0.01, epochs=epochs, seed=seed, quality=_captured)
+
+
+def gate_activations(view: FFNView, x_ND: Tensor) -> Tensor:
+    """``act(gate(x))``, or ``act(up(x))`` where the FFN is plain: ``[N, D] -> [N, F]`` in the dtype of ``x_ND``."""
+    gated = view.gate_FD is not None
+    rows_FD = view.gate_FD if view.gate_FD is not None else view.up_FD
+    bias_F = view.gate_bias_F if gated else view.up_bias_F
+    pre_NF = nnf.linear(x_ND, rows_FD.to(x_ND.dtype), None if bias_F is None else bias_F.to(x_ND.dtype))
+    return ACTIVATIONS[view.spec.activation](pre_NF)
+
+
+def activation_sums(view: FFNView, x_ND: Tensor, expert_size: int) -> Tensor:
+    """Each expert's summed positive activations on tokens scaled to norm 1: float32 ``[N, E]``.
+
+    Scaled afterwards, which is the same for a ReLU without bias and keeps the meaning of any other activation.
+    """
+    norm_N1 = x_ND.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    parts = x_ND.split(4096), norm_N1.split(4096)  # bounds what is as wide as the FFN
+    return torch.cat(
+        [
+            expert_sums(gate_activations(view, x).float().clamp_min(0), expert_size) / norm
+            for x, norm in zip(*parts, strict=True)
+        ]
+    )
+
+
+def _cross_entropy(scores_BE: Tensor, sums_BE: Tensor) -> Tensor:
+    labels_BE = sums_BE / sums_BE.max().clamp_min(torch.finfo(sums_BE.dtype).tiny)
+    return nnf.binary_cross_entropy_with_logits(scores_BE, labels_BE)
+
+
+def _captured(scores_BE: Tensor, sums_BE: Tensor) -> Tensor:
+    """Share of all activation that the best-ranked fifth of the experts holds, over tokens that have any."""
+    k = max(1, int(PUBLISHED_SHARE * scores_BE.shape[-1]))
+    held_B = sums_BE.gather(-1, scores_BE.topk(k, dim=-1).indices).sum(-1)
+    total_B = sums_BE.sum(-1)
+    return (held_B / total_B)[total_B > 0].mean().nan_to_num(0.0)
