@@ -1,0 +1,312 @@
+"""A model of lm-eval (lm-evaluation-harness): Hugging Face models made sparse, measured while they are evaluated.
+
+Importing this module registers it; ``prunepath-eval``, and releases of lm-eval that look for entry points, do without.
+
+Shapes: B rows, T tokens of one call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_prunepath.config import SparsifyConfig
+from torch_prunepath.corpus import load_corpus
+from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.harness import NOT_INSTALLED, register
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.manifest import METHOD
+from torch_prunepath.onthefly import (
+    Asked,
+    fit_windows,
+    holds_sparse_layers,
+    make_sparse,
+    model_tau,
+    reach_sparsity,
+)
+from torch_prunepath.sparsity import set_tau, sparse_layers
+from torch_prunepath.tally import Noted, SparsityTally, first_tokens
+
+try:
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(NOT_INSTALLED, name=error.name) from error
+
+# Below lm-eval's own, whose handler shows what is logged.
+logger = logging.getLogger("lm_eval.models.prunepath")
+
+HF_BACKENDS = ("default", "causal", "seq2seq")
+"""Values of ``backend`` that are lm-eval's: the kind of model."""
+
+ADAPTER = "adapter_config.json"
+
+
+class PrunePathLM(HFLM):  # type: ignore[misc]
+    """lm-eval's ``hf`` model with sparse feed-forward networks; reports the sparsity over the tokens it evaluated.
+
+    A sparse checkpoint is taken as it is, ``tau`` or ``sparsity`` set anew if given. A dense one is made sparse first,
+    its adapter, if any, merged before. Nothing is trained or saved.
+
+    Args:
+        pretrained: a name, a folder, or a model, dense or sparse.
+        tau: threshold in (0, 1].
+        sparsity: in place of ``tau``: the sparsity in [0, 1) to reach on the calibration text.
+        calibration_text: a UTF-8 file to calibrate on; None for Python's help topics.
+        backend: a backend of ``torch.compile`` for the model's forward, such as ``"prunepath"``; or, as in lm-eval,
+            the kind of model: ``"default"``, ``"causal"`` or ``"seq2seq"``, which compiles nothing.
+        measure: count inactive neurons. It keeps each layer's steps apart; without it sparse layers run as one
+            operator, and no sparsity is reported.
+        **options: fields of :class:`torch_prunepath.SparsifyConfig`, for making a dense model sparse; and everything
+            that lm-eval's ``hf`` model takes.
+
+    Raises:
+        UserError: if arguments are out of range or exclude each other, before anything is loaded; if the model cannot
+            be made sparse.
+    """
+
+    _model: Any
+
+    def __init__(
+        self,
+        pretrained: Any,
+        tau: float | None = None,
+        sparsity: float | None = None,
+        calibration_text: str | None = None,
+        backend: str = "default",
+        measure: bool = True,
+        **options: Any,
+    ) -> None:
+        self._ask = Asked.of(tau, sparsity, calibration_text, options)
+        compiler = _compiler(backend)
+        self._adapter = options.get("peft")
+        if not isinstance(pretrained, str | Path):
+            self._check_kind(holds_sparse_layers(pretrained))
+        pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
+        super().__init__(pretrained=pretrained, backend="default" if compiler else backend, **options)
+        with as_user_error(ValueError):
+            self._calibration_tokens = self._make_as_asked(options.get("gguf_file") is not None)
+        self._tally = SparsityTally(self._model) if measure else None
+        self._scored: _Scored | None = None
+        self._tokens = 0
+        self._compiler = compiler
+        if compiler is not None:
+            inner = _hugging_face_model(self._model)
+            inner.forward = torch.compile(inner.forward, backend=compiler, dynamic=True)
+
+    # --- becoming sparse ----------------------------------------------------------------------------------------------
+
+    def _get_config(self, pretrained: str, **options: Any) -> None:
+        super()._get_config(pretrained, **options)
+        if _is_sparse_config(self._config) or self._adapter is None:
+            self._check_kind(_is_sparse_config(self._config))
+        elif (Path(self._adapter) / ADAPTER).is_file():  # of one on the hub it is known once it is loaded
+            self._check_kind(_holds_routers(Path(self._adapter) / ADAPTER))
+
+    def _create_model(self, *arguments: Any, **options: Any) -> None:
+        if options.get("peft"):
+            import torch_prunepath.integrations.peft  # noqa: F401  (adapters that hold routers)
+        super()._create_model(*arguments, **options)
+
+    def _check_kind(self, sparse: bool) -> None:
+        """Refuse what does not go with a sparse, or with a dense model."""
+        if sparse and self._ask.settings:
+            names = ", ".join(self._ask.settings)
+            raise UserError(f"the model is sparse already, its experts made: leave out {names}")
+        if sparse and self._ask.text is not None and self._ask.sparsity is None:
+            raise UserError("the model is sparse already: calibration_text is only for sparsity=")
+        if not sparse and self._ask.tau is None and self._ask.sparsity is None:
+            raise UserError("the model is dense: give tau= or sparsity= to make it sparse, or use --model hf")
+
+    def _make_as_asked(self, from_gguf: bool) -> int:
+        """Bring the loaded model to what was asked; return how many tokens that took."""
+        ask, sparse = self._ask, holds_sparse_layers(self._model)
+        self._check_kind(sparse)
+        tokens = 0
+        if not sparse:
+            self._merge_adapter()
+            if from_gguf and hasattr(self._model.config, "quantization_config"):
+                del self._model.config.quantization_config  # transformers' mark on a model that it dequantised
+        if not sparse or ask.sparsity is not None:
+            config = SparsifyConfig(**ask.settings)
+            window_NC = fit_windows(load_corpus(ask.text), self._model, self.tokenizer, config.calibration_tokens)
+            tokens = window_NC.numel()
+            if not sparse:
+                make_sparse(self._model, window_NC, config)
+            if ask.sparsity is not None:
+                reach_sparsity(self._model, ask.sparsity, window_NC)
+        if ask.tau is not None:
+            set_tau(self._model, ask.tau)
+        return tokens
+
+    def _merge_adapter(self) -> None:
+        # Grouping neurons moves them, and an adapter's rows belong to the places where they were.
+        if hasattr(self._model, "merge_and_unload"):
+            self._model = self._model.merge_and_unload()
+
+    # --- counting -----------------------------------------------------------------------------------------------------
+
+    def reset_sparsity(self) -> None:
+        """Forget what was counted, as between two evaluations with one model."""
+        self._tokens = 0
+        if self._tally is not None:
+            self._tally.reset()
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if self._tally is None:
+            return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
+        self._tally.take()  # of a batch that nobody scored: lm-eval was looking for the largest that fits
+        logits: Tensor = super()._model_call(inps, attn_mask=attn_mask, labels=labels)
+        self._scored = _Scored(self._tally.take(), attn_mask, rows=inps.shape[0], lengths=[])
+        return logits
+
+    def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
+        """Called for each row of a batch in turn: the only place that is told how long the row is."""
+        scored = self._scored
+        if scored is not None:
+            length = inplen if self.backend == "causal" else contlen
+            assert length is not None
+            scored.lengths.append(length)
+            if len(scored.lengths) == scored.rows:
+                self._count_scored(scored)
+                self._scored = None
+        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+    def _count_scored(self, scored: _Scored) -> None:
+        assert self._tally is not None
+        for noted in scored.noted:
+            if scored.encoder_mask is not None and self._in_encoder(noted.name):
+                keep_T = scored.encoder_mask.reshape(-1).bool()
+            else:
+                keep_T = first_tokens(scored.lengths, len(noted.inactive_T))
+            self._tally.count(noted, keep_T)
+        self._tokens += sum(scored.lengths) + (0 if scored.encoder_mask is None else int(scored.encoder_mask.sum()))
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        if self._tally is None:
+            return super()._model_generate(context, max_length, stop, **options)
+        self._tally.take()
+        ids: Tensor = super()._model_generate(context, max_length, stop, **options)
+        start = context.shape[1] if self.backend == "causal" else 1
+        lengths = [self._written(row, stop) for row in ids[:, start:].tolist()]
+        mask = options.get("attention_mask")
+        self._count_generated(self._tally.take(), torch.ones_like(context) if mask is None else mask, lengths)
+        return ids
+
+    def _count_generated(self, noted: list[Noted], context_mask: Tensor, lengths: list[int]) -> None:
+        """Count prompts without padding, and what each row wrote before it was done. Beams count one by one."""
+        assert self._tally is not None
+        rows, width = context_mask.shape
+        self._tokens += int(context_mask.sum())
+        calls: dict[str, int] = {}
+        for call in noted:
+            step = calls[call.name] = calls.get(call.name, -1) + 1
+            tokens = len(call.inactive_T)
+            if (step == 0 and self.backend == "causal") or self._in_encoder(call.name):
+                keep_T = context_mask.bool().repeat_interleave(tokens // (rows * width), 0).reshape(-1)
+            elif tokens == rows:
+                keep_T = torch.tensor([step < length or step == 0 for length in lengths])
+            else:
+                keep_T = torch.ones(tokens, dtype=torch.bool)
+            self._tally.count(call, keep_T)
+        self._tokens += sum(max(0, length - 1) for length in lengths)
+
+    def _written(self, ids: Sequence[int], stop: Sequence[str]) -> int:
+        """How many tokens of a row were generated until it was done: up to the first that ends it, or all."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = set(ends if isinstance(ends, list) else [ends]) | {self.eot_token_id}
+        done = next((n for n, token in enumerate(ids, 1) if token in ends), len(ids))
+
+        def stopped(n: int) -> bool:
+            text = self.tokenizer.decode(ids[:n])
+            return any(sequence in text for sequence in stop)
+
+        return first_where(stopped, done)
+
+    def _in_encoder(self, name: str) -> bool:
+        if self.backend == "causal":
+            return False
+        encoder = self.model.get_encoder()
+        layers = {id(module) for module in encoder.modules() if isinstance(module, RoutedExperts)}
+        return id(sparse_layers(self._model)[name]) in layers
+
+    # --- reporting ----------------------------------------------------------------------------------------------------
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's own entries, and ``prunepath``: tau, and the sparsity over the tokens evaluated so far."""
+        found = self.sparsity_info()
+        if found["sparsity"] is not None:
+            text = f"{found['sparsity']:.1%} of the FFN neurons were inactive, over {found['tokens']} tokens"
+            logger.info("%s (tau %s)", text, "differs by layer" if found["tau"] is None else found["tau"])
+        return {**super().get_model_info(), "prunepath": found}
+
+    def sparsity_info(self) -> dict[str, Any]:
+        """What ran, ready for JSON.
+
+        ``tau`` is None where layers have values of their own; ``sparsity`` is None where nothing was measured.
+        ``tokens`` counts those that the model read, without padding.
+        """
+        tally = self._tally
+        return {
+            "tau": model_tau(self._model),
+            "sparsity": None if tally is None else tally.sparsity,
+            "tokens": None if tally is None else self._tokens,
+            "tau_per_layer": {name: float(layer.tau) for name, layer in sparse_layers(self._model).items()},
+            "sparsity_per_layer": {} if tally is None else tally.per_layer,
+            "target_sparsity": self._ask.sparsity,
+            "settings": self._ask.settings,
+            "calibration_tokens": self._calibration_tokens,
+            "compile_backend": self._compiler,
+        }
+
+
+@dataclasses.dataclass
+class _Scored:
+    """A batch that was run, while lm-eval goes through its rows."""
+
+    noted: list[Noted]
+    encoder_mask: Tensor | None
+    rows: int
+    lengths: list[int]
+
+
+def first_where(holds: Callable[[int], bool], last: int) -> int:
+    """The least n in 1 .. ``last`` at which ``holds``, which stays true once it is, or ``last`` if none."""
+    low, high = 1, last
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low if last else 0
+
+
+def _compiler(backend: str) -> str | None:
+    if backend in HF_BACKENDS:
+        return None
+    if backend not in torch.compiler.list_backends(exclude_tags=None):
+        known = [*HF_BACKENDS, *torch.compiler.list_backends()]
+        raise UserError(f"backend={backend!r} is not known: choose one of {', '.join(known)}")
+    return backend
+
+
+def _hugging_face_model(model: Any) -> Any:
+    """The transformers model inside an adapter's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _holds_routers(config: Path) -> bool:
+    return str(json.loads(config.read_text(encoding="utf-8")).get("peft_type")).lower() == METHOD
+
+
+def _is_sparse_config(config: Any) -> bool:
+    data = getattr(config, "quantization_config", None)
+    method = data.get("quant_method") if isinstance(data, dict) else getattr(data, "quant_method", None)
+    return method == METHOD
+
+
+register()
