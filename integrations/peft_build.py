@@ -1,0 +1,214 @@
+"""Making PrunePath adapters: from data, on a base model that stays dense; or empty, for saved weights to fill."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from torch_prunepath.config import FFNSpec, SparsifyConfig, num_experts
+from torch_prunepath.ffn import FFNView, weight_out_in
+from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer, site_of
+from torch_prunepath.layer import is_sparse
+from torch_prunepath.manifest import LayerManifest, Manifest, attached, describe, resolve
+from torch_prunepath.router import Router
+from torch_prunepath.sparsify import densify, sparsify
+from torch_prunepath.sparsity import sparse_layers
+
+SAMPLE = 64
+"""Weights of the base model that an adapter remembers, to know it again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """An adapter, not yet on its base model.
+
+    Attributes:
+        manifest: what it is.
+        parts: each FFN in the base model, and what the adapter holds for it.
+        sample: see :func:`sample_of`.
+    """
+
+    manifest: Manifest
+    parts: list[tuple[FFNSpec, AdapterState]]
+    sample: list[float]
+
+
+def layers_of(root: nn.Module) -> dict[str, PrunePathLayer]:
+    """The PrunePath layers on a base model, by qualified name."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, PrunePathLayer)}
+
+
+def check_base(root: nn.Module) -> None:
+    """Refuse a base model that cannot take adapters.
+
+    Raises:
+        ValueError: with a remedy.
+    """
+    if isinstance(root, PeftModel | BaseTuner):
+        raise ValueError(
+            "the model is a PeftModel already: call add_adapter for another PrunePath adapter; beside an adapter of "
+            "another kind, pass the base model itself, model.get_base_model()"
+        )
+    if layers_of(root):
+        raise ValueError(
+            "the base model has PrunePath adapters already: call add_adapter on its PeftModel for another one, or "
+            "unload() first"
+        )
+    if any(is_sparse(module) for module in root.modules()):
+        raise ValueError(
+            "the base model is sparse already: an adapter needs the dense model; call torch_prunepath.densify(model) "
+            "first, or train the sparse model without an adapter"
+        )
+    if getattr(getattr(root, "config", None), "quantization_config", None) is not None:
+        raise ValueError(
+            "the base model carries a quantization_config: load it unquantised "
+            "(a model dequantised from GGUF: delete model.config.quantization_config)"
+        )
+
+
+@contextlib.contextmanager
+def bare(root: nn.Module) -> Iterator[None]:
+    """The base model without any adapter; afterwards they are back where they were."""
+    ours = list(layers_of(root).values())
+    wrapped = [
+        (parent, name, child)
+        for parent in root.modules()
+        if not isinstance(parent, BaseTunerLayer)
+        for name, child in parent.named_children()
+        if isinstance(child, BaseTunerLayer) and not isinstance(child, PrunePathLayer)
+    ]
+    try:
+        for layer in ours:
+            layer.remove()
+        for parent, name, child in wrapped:
+            parent._modules[name] = child.get_base_layer()
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
+        for layer in ours:
+            layer.install()
+
+
+def make(root: nn.Module, config: SparsifyConfig, tau: float, calibration: Any, tokenizer: Any, progress: bool) -> Made:
+    """Group neurons and fit routers as :func:`torch_prunepath.sparsify` does; the base model stays as it is.
+
+    Raises:
+        ValueError: as :func:`torch_prunepath.sparsify`; or if parameters made here get no data.
+    """
+    if _parameters_get_no_data():
+        raise ValueError("low_cpu_mem_usage=True leaves a new adapter without weights: use it to load one only")
+    with bare(root):
+        sparsify(root, tau, config=config, calibration=calibration, tokenizer=tokenizer, progress=progress)
+        try:
+            manifest = attached(root) or describe(root, config)
+            states = [
+                AdapterState(part.experts, part.budget, layer.router, layer.permutation.clone(), part.tau, filled=True)
+                for part, layer in zip(manifest.layers, sparse_layers(root).values(), strict=True)
+            ]
+        finally:
+            densify(root)
+        sample = sample_of(FFNView(root, manifest.layers[0].ffn))
+    return Made(manifest, [(part.ffn, state) for part, state in zip(manifest.layers, states, strict=True)], sample)
+
+
+def _parameters_get_no_data() -> bool:
+    """Whether peft has every new parameter made on the meta device."""
+    probe = nn.Module()
+    probe.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+    return bool(probe.weight.is_meta)
+
+
+def remake(root: nn.Module, manifest: Manifest, sample: list[float], source: str | None) -> Made:
+    """An adapter without weights, as saved ones need it.
+
+    Args:
+        root: the base model.
+        manifest: of the saved adapter.
+        sample: of the base model that it was made for.
+        source: that model's name, for messages.
+
+    Raises:
+        ValueError: if this is another model.
+    """
+    theirs = f"the adapter was made for {source or 'another model'}"
+    with bare(root):
+        try:
+            views = [resolve(root, layer.ffn) for layer in manifest.layers]
+        except ValueError as error:
+            raise ValueError(f"{theirs}: {error}") from error
+        for view, layer in zip(views, manifest.layers, strict=True):
+            found, spec = tuple(view.down_FD.shape), view.spec
+            if spec.name != layer.ffn.name:
+                raise ValueError(
+                    f"{theirs}, where there is an FFN at {layer.ffn.name!r}; here it is at {spec.name!r}: load the "
+                    "base model with the class that the adapter was made with"
+                )
+            if found != (spec.ffn_size, spec.hidden_size):
+                raise ValueError(
+                    f"{theirs}, where the FFN at {spec.name!r} is {spec.hidden_size}x{spec.ffn_size}; here it is "
+                    f"{found[1]}x{found[0]}: load it onto its own base model"
+                )
+        if not resembles(sample_of(views[0]), sample):
+            raise ValueError(
+                f"{theirs}: this one has the same shape but other weights, or its neurons in another order; load the "
+                "adapter onto its own base model"
+            )
+        parts = [(view.spec, _empty(view, layer)) for view, layer in zip(views, manifest.layers, strict=True)]
+    return Made(manifest, parts, sample)
+
+
+def _empty(view: FFNView, layer: LayerManifest) -> AdapterState:
+    spec, weight = view.spec, weight_out_in(view.up)
+    experts = num_experts(spec.ffn_size, layer.experts.expert_size)
+    bias_E = weight.new_zeros(experts) if layer.router_bias else None
+    router = Router.of(weight.new_zeros(experts, spec.hidden_size), bias_E)
+    order_F = torch.arange(spec.ffn_size, device=weight.device)
+    return AdapterState(layer.experts, layer.budget, router, order_F, layer.tau, filled=False)
+
+
+def sample_of(view: FFNView) -> list[float]:
+    """Some of the FFN's weights, evenly spread; empty where the model has no data yet."""
+    down_FD = view.down_FD.detach()
+    if down_FD.is_meta:
+        return []
+    D = down_FD.shape[1]
+    places = torch.linspace(0, down_FD.numel() - 1, SAMPLE, dtype=torch.float64).long().to(down_FD.device)
+    return [float(f"{value:.4g}") for value in down_FD[places // D, places % D].tolist()]
+
+
+def resembles(mine: list[float], theirs: list[float]) -> bool:
+    """Whether two samples are of one model, allowing for other dtypes and for fine-tuning. An empty one is not held."""
+    if not mine or not theirs:
+        return True
+    size = max(math.hypot(*mine), math.hypot(*theirs))
+    return math.dist(mine, theirs) <= 0.7 * size if len(mine) == len(theirs) else False
+
+
+def attach_parts(root: nn.Module, made: Made, adapter_name: str) -> list[PrunePathLayer]:
+    """Put an adapter onto the base model.
+
+    Raises:
+        ValueError: if it covers other FFNs than the adapters that are there. Nothing was changed then.
+    """
+    there = layers_of(root)
+    sites = {site_of(spec): (spec, state) for spec, state in made.parts}
+    if there and there.keys() != sites.keys():
+        odd = sorted(there.keys() ^ sites.keys())[0]
+        raise ValueError(f"the adapters on one base must cover the same FFNs, but {odd!r} is only in one of them")
+    found = []
+    for site, (spec, state) in sites.items():
+        layer = there.get(site) or PrunePathLayer(root.get_submodule(spec.name), spec)
+        layer.adapters[adapter_name] = state
+        if site not in there:
+            layer.install()
+        found.append(layer)
+    return found

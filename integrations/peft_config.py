@@ -1,0 +1,96 @@
+"""What a PrunePath adapter is: its configuration, and the name that PEFT knows the method by."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from torch_prunepath.config import SparsifyConfig, check_tau
+from torch_prunepath.manifest import Manifest
+
+
+class _Type(str):
+    """A member that peft's closed enumeration of methods lacks."""
+
+    @property
+    def value(self) -> str:
+        """The name that ``adapter_config.json`` has."""
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+
+PRUNEPATH = _Type("PRUNEPATH")
+_AT_RUN_TIME = ("calibration", "tokenizer", "progress")
+_SPARSIFY = tuple(f.name for f in dataclasses.fields(SparsifyConfig))
+
+
+@dataclass
+class PrunePathConfig(PeftConfig):
+    """What a PrunePath adapter is.
+
+    Attributes:
+        tau: router mass that the active experts must reach, in (0, 1]; the adapter's own can be changed with
+            :func:`torch_prunepath.set_tau` and :func:`torch_prunepath.set_sparsity`, and is saved with it.
+        expert_size: this and the next fields are those of :class:`torch_prunepath.SparsifyConfig`.
+        partition: see there.
+        router: see there.
+        rule: see there.
+        gate: see there.
+        gate_offset: see there.
+        budget: see there.
+        calibration_tokens: see there.
+        seed: see there.
+        router_loss: weight of the loss that fits routers to what their experts contribute (``contribution_fit``); it is
+            added to the loss that the model returns while it trains. With ``gate="one"`` nothing else trains routers.
+        calibration: data for a new adapter, as :func:`torch_prunepath.sparsify` takes it. Neither it nor the two next
+            fields are saved.
+        tokenizer: for texts.
+        progress: show progress bars.
+        manifest: what was made; filled in by ``get_peft_model``.
+        base_sample: some weights of the base model, by which it is known again; filled in by ``get_peft_model``.
+
+    Raises:
+        ValueError: if a value is not allowed, or a saved adapter is damaged or of a newer format.
+    """
+
+    tau: float = 0.9
+    expert_size: int = 8
+    partition: str = "coactivation"
+    router: str = "fitted"
+    rule: str = "reach"
+    gate: str = "one"
+    gate_offset: float = 0.0
+    budget: str = "sensitivity"
+    calibration_tokens: int = 16384
+    seed: int = 0
+    router_loss: float = 1.0
+    calibration: Any = field(default=None, repr=False, compare=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    progress: bool = field(default=True, repr=False, compare=False)
+    manifest: dict[str, Any] | None = field(default=None, repr=False)
+    base_sample: list[float] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PRUNEPATH
+        check_tau(self.tau)
+        self.sparsify_config()
+        if not self.router_loss >= 0:
+            raise ValueError(f"router_loss={self.router_loss} must not be negative: 0 turns it off")
+        if self.manifest is not None:
+            Manifest.from_dict(self.manifest)
+
+    def sparsify_config(self) -> SparsifyConfig:
+        """The fields that say how experts and routers are built."""
+        return SparsifyConfig(**{name: getattr(self, name) for name in _SPARSIFY})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what ``adapter_config.json`` holds."""
+        saved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _AT_RUN_TIME}
+        return copy.deepcopy(saved)

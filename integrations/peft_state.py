@@ -1,0 +1,117 @@
+"""What becomes of an adapter's tensors: checked when they are read, made into a sparse model when they are merged.
+
+Shapes: D hidden size, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.integrations.peft_build import layers_of
+from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer
+from torch_prunepath.layer import make_dense, make_routed
+from torch_prunepath.router import Router
+
+Shape = tuple[int, ...]
+_OURS = re.compile(r"\.prunepath(_\w+)?\.[a-z.]+$")
+
+
+def shapes_of(state: nn.Module) -> dict[str, Shape]:
+    """The shapes of the tensors that are saved of an adapter for one FFN, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.state_dict().items()}
+
+
+def problem_of(state_dict: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> str | None:
+    """What is wrong with a saved adapter's tensors, if they must have these names and shapes; None if nothing is.
+
+    Tensors that lie elsewhere than in PrunePath layers are not looked at.
+    """
+    ours = {key: value for key, value in state_dict.items() if _OURS.search(key)}
+    for key in sorted(shapes.keys() ^ ours.keys()):
+        return f"the adapter's file {'lacks' if key in shapes else 'has an unknown'} {key}"
+    for key, value in ours.items():
+        if tuple(value.shape) != shapes[key]:
+            return (
+                f"{key} has shape {tuple(value.shape)} in the adapter's file, but its configuration says {shapes[key]}"
+            )
+        if key.endswith(".permutation") and not _is_permutation(value):
+            return f"{key} is no permutation"
+    return None
+
+
+def _is_permutation(order_F: Tensor) -> bool:
+    return torch.equal(order_F.long().sort().values, torch.arange(len(order_F), device=order_F.device))
+
+
+def drop_empty(model: nn.Module, adapter_name: str) -> bool:
+    """Take an adapter back that no weights have reached, so that the base model is as it was; whether it was such."""
+    dropped = False
+    for layer in layers_of(model).values():
+        if not layer.adapters[adapter_name].filled:
+            del layer.adapters[adapter_name]
+            dropped = True
+        if not layer.adapters:
+            layer.remove()
+    return dropped
+
+
+def states_to_merge(layers: Sequence[PrunePathLayer], names: Sequence[str]) -> list[AdapterState]:
+    """What the one adapter among ``names`` holds for each layer.
+
+    Raises:
+        ValueError: if there is not exactly one, or it cannot be merged.
+    """
+    if len(names) != 1:
+        raise ValueError(f"one PrunePath adapter can be merged, not {len(names)}: pass adapter_names=[name]")
+    if not layers or any(names[0] not in layer.adapters for layer in layers):
+        raise ValueError(f"there is no PrunePath adapter called {names[0]!r}: see model.peft_config")
+    for layer in layers:
+        for part in filter(None, ("up", layer.spec.gate and "gate", "down")):
+            if isinstance(layer.module_of(part), BaseTunerLayer):
+                raise ValueError(
+                    f"{layer.spec.name}.{getattr(layer.spec, part)} is under another adapter: call merge_and_unload() "
+                    "or unload() of that one first"
+                )
+    states: list[AdapterState] = [layer.adapters[names[0]] for layer in layers]
+    if not all(state.filled for state in states):
+        raise ValueError(f"the adapter {names[0]!r} has no weights: load them before merging")
+    return states
+
+
+@torch.no_grad()
+def make_sparse(root: nn.Module, layers: Sequence[PrunePathLayer], states: Sequence[AdapterState]) -> None:
+    """Make the base model what :func:`torch_prunepath.sparsify` makes, in place, with the adapter's routers.
+
+    Routers take the dtype of the base model, in which its checkpoint will keep them. Undoes everything if it cannot
+    finish.
+    """
+    views = [FFNView(root, layer.spec) for layer in layers]
+    done: list[tuple[FFNView, Tensor]] = []
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for view, state in zip(views, states, strict=True):
+            before = [(parameter, parameter.data) for parameter in view.parameters()]
+            router, order_F = _copied(state.router, view.down_FD.dtype), state.permutation.clone()
+            view.permute_(order_F)
+            make_routed(view, state.experts, router, order_F, float(state.tau), state.budget)
+            done.append((view, order_F))
+    except BaseException:
+        for view in views:
+            make_dense(view)
+        for view, order_F in done:
+            view.unpermute_(order_F)
+        # The FFN that was in hand, whatever had happened to it.
+        for parameter, data in before:
+            parameter.data = data
+        raise
+
+
+def _copied(router: Router, dtype: torch.dtype) -> Router:
+    bias_E = None if router.bias is None else router.bias.detach().to(dtype, copy=True)
+    return Router.of(router.weight.detach().to(dtype, copy=True), bias_E)
