@@ -19,6 +19,8 @@ def _config(tokens: int, hidden: int) -> dict[str, int]:
     """Measured on an H100; see docs/log.md."""
     if tokens == 1 and hidden < 2048:
         return {"SPLITS": 32, "ROWS": 64, "BLOCK_D": 64, "num_warps": 1}
+    if tokens > 8:
+        return {"SPLITS": 8, "ROWS": 128, "BLOCK_D": 64, "num_warps": 4}
     return {"SPLITS": 16, "ROWS": 64, "BLOCK_D": 64, "num_warps": 2}
 
 

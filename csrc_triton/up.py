@@ -189,10 +189,8 @@ def _config(tokens: int, hidden: int, expert_size: int, gated: bool, element_siz
         wide = hidden > 2048
         block, rows, stages = 4096, 4 if wide and not gated else 2, 1
         per_sm, warps = (4, 8) if wide else (8, 4)
-    elif tokens <= 8:
-        block, rows, stages, per_sm, warps = 256 // element_size, 16, 3, 6, 2
     else:
-        block, rows, stages, per_sm, warps = 256 // element_size, 16, 4, 6, 1
+        block, rows, stages, per_sm, warps = 256 // element_size, 32 if expert_size >= 32 else 16, 4, 3, 2
     while expert_size % rows and rows % expert_size:
         rows //= 2
     return {
