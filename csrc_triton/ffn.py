@@ -16,7 +16,8 @@ from torch_prunepath.csrc_triton.masked import activate_masked_
 from torch_prunepath.csrc_triton.order import list_experts, workspace
 from torch_prunepath.csrc_triton.rank import rank
 from torch_prunepath.csrc_triton.router import router_one, router_split
-from torch_prunepath.csrc_triton.select import select, select_weights
+from torch_prunepath.csrc_triton.select import select_experts as select_experts
+from torch_prunepath.csrc_triton.select import select_weights
 from torch_prunepath.csrc_triton.up import up
 
 UNION_TOKENS = 16
@@ -34,11 +35,6 @@ def router_scores(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None) -> Ten
         scores_TE = torch.mm(x_TD, router_ED.t(), out_dtype=torch.float32)
         return scores_TE if bias_E is None else scores_TE + bias_E.float()
     return nnf.linear(x_TD.float(), router_ED.float(), None if bias_E is None else bias_E.float())
-
-
-def select_experts(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
-    """See :func:`torch_prunepath.ops.select_experts`."""
-    return select(scores_TE, tau, rule)
 
 
 def compares(tokens: int, experts: int) -> bool:

@@ -120,7 +120,7 @@ def _launch(
     return mask_TE
 
 
-def select(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
+def select_experts(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
     """Active experts, bool ``[T, E]``, as :func:`torch_prunepath.select.select_experts`."""
     return _launch(scores_TE.float().contiguous().unsqueeze(0), tau, rule, None, None, None)
 

@@ -68,14 +68,9 @@ def test_layers_that_read_one_token_become_one_call(x: Tensor, dtype: torch.dtyp
     assert fused(attention_layer, [t.to(dtype) for t in (x, *ROWS)]) == [3, 1]
 
 
-def test_weights_may_come_transposed() -> None:
-    inputs = [half(1, 16), half(16, 48), half(48), half(16, 8)]
-    function = lambda x, w, b, v: (torch.addmm(b, x, w), x @ v)  # noqa: E731
-    assert fused(function, inputs) == [2]
-
-
-def test_rows_and_columns_are_taken_apart() -> None:
-    assert fused(lambda x, w, v: (nnf.linear(x, w), x @ v), [half(1, 16), half(8, 16), half(16, 8)]) == [1, 1]
+def test_a_bias_may_come_with_the_product() -> None:
+    inputs = [half(1, 16), half(48, 16), half(48), half(8, 16)]
+    assert fused(lambda x, w, b, v: (torch.addmm(b, x, w.t()), x @ v.t()), inputs) == [2]
 
 
 def test_at_most_three_at_once() -> None:
@@ -89,11 +84,12 @@ def test_at_most_three_at_once() -> None:
         (lambda x, w: nnf.linear(x, w), [half(2, 16), half(8, 16)]),
         (lambda x, w: nnf.linear(x, w), [half(1, 16, dtype=torch.float32), half(8, 16, dtype=torch.float32)]),
         (lambda x, w: nnf.linear(x, w * 2), [half(1, 16), half(8, 16)]),
+        (lambda x, w: x @ w, [half(1, 16), half(16, 32)]),
         (lambda x, w: x @ w, [half(1, 16), half(32, 32)[::2, ::4]]),
-        (lambda x, w, b: torch.addmm(b, x, w, alpha=2.0), [half(1, 16), half(16, 8), half(8)]),
-        (lambda x, w, b: torch.addmm(b, x, w), [half(1, 16), half(16, 8), half(1, 8)]),
+        (lambda x, w, b: torch.addmm(b, x, w.t(), alpha=2.0), [half(1, 16), half(8, 16), half(8)]),
+        (lambda x, w, b: torch.addmm(b, x, w.t()), [half(1, 16), half(8, 16), half(1, 8)]),
     ],
-    ids=["two tokens", "float32", "computed weight", "strided weight", "scaled", "bias a row"],
+    ids=["two tokens", "float32", "computed weight", "columns", "strided weight", "scaled", "bias a row"],
 )
 def test_others_are_left(function: Callable[..., Any], inputs: list[Tensor]) -> None:
     assert fused(function, inputs) == []
