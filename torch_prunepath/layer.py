@@ -23,7 +23,7 @@ from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
 from torch_prunepath.cpu import routed_ffn
 from torch_prunepath.ffn import FFNView, bias_of, site_name, weight_out_in
 from torch_prunepath.fused import sparse_ffn
-from torch_prunepath.ops import expert_down, expert_up, select_experts, weighted, zero_inactive
+from torch_prunepath.ops import expand_experts, expert_down, expert_up, select_experts, zero_inactive
 from torch_prunepath.router import Router
 
 
@@ -140,10 +140,13 @@ class SparseFFN(RoutedExperts):
         if self._takes_one_operator(view, x_TD):
             return self._forward_at_once(view, x_TD).reshape(shape)
         mask_TE, gates_TE = self.route(x_TD, shape[:-1])
-        h_TF = _up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
+        # In training, what the operators would compute again for the gradient is kept, as in a dense model.
+        apart = not (self.training and torch.is_grad_enabled())
+        up, down = (_up, _down) if apart else (_up_by_modules, _down_by_modules)
+        h_TF = up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
         if self.ffn.hidden_dropout is not None:
             h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
-        y_TD = _down(view, h_TF, mask_TE, gates_TE, self.experts.expert_size)
+        y_TD = down(view, h_TF, mask_TE, gates_TE, self.experts.expert_size)
         if self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
@@ -264,7 +267,11 @@ def _idle(owner: nn.Module, dropout: str | None) -> bool:
 def _up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
     if _plain(view, view.up, view.gate):
         return _expert_up(x_TD, mask_TE, view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F, activation, size)
-    # Something else computes these projections: let it, then drop what is inactive.
+    return _up_by_modules(view, x_TD, mask_TE, activation, size)
+
+
+def _up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
+    """Let the projections compute every neuron, whatever wraps them; then drop what is inactive."""
     act = ACTIVATIONS[activation]
     pre = view.up(x_TD)
     if view.gate is not None:
@@ -295,7 +302,16 @@ def _expert_up(
 def _down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
     if _plain(view, view.down):
         return _expert_down(view.down, h_TF, mask_TE, gates_TE, size)
-    y_TD: Tensor = view.down(weighted(h_TF, mask_TE, gates_TE, size))
+    return _down_by_modules(view, h_TF, mask_TE, gates_TE, size)
+
+
+def _down_by_modules(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
+    """Let the last projection read every neuron: inactive ones are 0."""
+    if gates_TE is not None:
+        h_TF = h_TF * expand_experts(gates_TE, size, h_TF.shape[1]).to(h_TF.dtype)
+    if _plain(view, view.down) and not torch.is_autocast_enabled(h_TF.device.type):
+        h_TF = h_TF.to(weight_out_in(view.down).dtype)  # T5's is float32 whatever the model's
+    y_TD: Tensor = view.down(h_TF)
     return y_TD
 
 

@@ -40,6 +40,8 @@ def _sum_experts(values_TF: Tensor, expert_size: int, experts: int) -> Tensor:
 def zero_inactive(h_TF: Tensor, mask_TE: Tensor, expert_size: int) -> Tensor:
     """``[T, F]`` with the neurons of inactive experts set to 0."""
     # masked_fill, not a product: an inactive neuron that overflowed must not turn into NaN.
+    if h_TF.shape[1] == mask_TE.shape[1] * expert_size:
+        return h_TF.unflatten(1, (mask_TE.shape[1], expert_size)).masked_fill(~mask_TE.unsqueeze(-1), 0).flatten(1)
     return h_TF.masked_fill(~expand_experts(mask_TE, expert_size, h_TF.shape[1]), 0)
 
 
