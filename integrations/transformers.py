@@ -103,18 +103,26 @@ def _check_files(model: nn.Module, files: Any) -> None:
     """Refuse a checkpoint that lacks routers: transformers would fill them with random numbers."""
     if not isinstance(files, list | tuple) or not all(str(file).endswith(".safetensors") for file in files):
         return
-    present: set[str] = set()
+    present: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
-                present.update(handle.keys())
+                present |= {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"damaged checkpoint file {file} ({error}): save or download the model again") from error
     for layer in sparse_layers(model).values():
         tensors = ["router.weight", "permutation", *(["router.bias"] if layer.router.bias is not None else [])]
         for tensor in tensors:
-            if not any(f"{name}.{tensor}" in present for name in saved_names(model, layer.name)):
+            found = [present.get(f"{name}.{tensor}") for name in saved_names(model, layer.name)]
+            shape = next((shape for shape in found if shape is not None), None)
+            if shape is None:
                 raise ValueError(
                     f"damaged checkpoint: {layer.name}.{tensor} is missing from the weights; "
                     "save or download the model again"
+                )
+            expected = tuple(layer.get_parameter(tensor).shape if "." in tensor else layer.permutation.shape)
+            if shape != expected:
+                raise ValueError(
+                    f"{layer.name}.{tensor} has shape {shape}, but config.json says {expected}: config.json and the "
+                    "weights do not belong together"
                 )

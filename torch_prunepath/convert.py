@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_prunepath import report
+from torch_prunepath.card import write_card
 from torch_prunepath.corpus import fit_and_test, load_corpus
 from torch_prunepath.errors import as_user_error
 from torch_prunepath.evaluate import perplexity
@@ -79,6 +80,9 @@ def run(options: Options) -> dict[str, Any]:
         with writing(options.output):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            base = None if Path(options.model).exists() else options.model
+            written = {"tau": f"{tau:.6g}", "perplexity": f"{sparse:.2f}", "perplexity, dense": f"{dense:.2f}"}
+            write_card(model, folder, base_model=base, record=record, measured=written)
     return results
 
 

@@ -29,12 +29,16 @@ from torch_prunepath.manifest import attach, attached, describe
 from torch_prunepath.partition import partition
 from torch_prunepath.router import Router, centroid_init, contribution_shares, fit_router
 from torch_prunepath.sparsity import layer_tau, register_routing_hook, sparse_layers
+from torch_prunepath.wrapped import refuse_wrapped, refuse_wrapper, spec_here
 
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 PARTITION_TOKENS = 4096
 """Tokens whose activations decide which neurons form an expert, at most."""
+
+FEWEST_TOKENS = 8
+"""With fewer tokens for calibration, something was forgotten."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ def sparsify(
         The same model.
 
     Raises:
-        ValueError: if tau or config is invalid, nothing can be made sparse, the model is sparse already, has no weights
-            yet (meta device), or the data does not fit. The model is as it was.
+        ValueError: if tau is invalid, nothing can be made sparse, the model is sparse already, wrapped, quantised or
+            without weights yet (meta device), or the data does not fit. The model is as it was.
+        TypeError: if this is no model, or config or data are of another type.
 
     Example::
 
@@ -86,6 +91,11 @@ def sparsify(
     """
     tau = check_tau(tau)
     config = SparsifyConfig() if config is None else config
+    if not isinstance(config, SparsifyConfig):
+        raise TypeError(
+            f"config must be a SparsifyConfig, not a {type(config).__name__}: SparsifyConfig(expert_size=8)"
+        )
+    refuse_wrapper(model)
     _refuse(model)
     views = [FFNView(model, spec) for spec in find_ffns(model)]
     inputs = None
@@ -111,6 +121,8 @@ def _refuse(model: nn.Module) -> None:
             "the model carries a quantization_config: make it sparse before quantising, or load it unquantised "
             "(a model dequantised from GGUF: delete model.config.quantization_config)"
         )
+    if getattr(model, "is_quantized", False) and getattr(model, "quantization_method", None) != "gguf":
+        raise ValueError("the model is quantised: make it sparse before quantising, or load it unquantised")
 
 
 def _calibration(
@@ -127,7 +139,11 @@ def _calibration(
             type(model).__name__,
         )
         return dataclasses.replace(config, partition="kmeans", router="centroid", budget="uniform"), None
-    return config, as_inputs(calibration, model, tokenizer, config.calibration_tokens)
+    inputs = as_inputs(calibration, model, tokenizer, config.calibration_tokens)
+    tokens = inputs.get("input_ids")
+    if isinstance(tokens, Tensor) and tokens.numel() < FEWEST_TOKENS:
+        raise ValueError(f"calibration holds {tokens.numel()} tokens, which tells nothing: thousands are best")
+    return config, inputs
 
 
 def _plan(
@@ -217,23 +233,25 @@ def _apply(
 
 
 def sparse_views(model: nn.Module) -> dict[str, FFNView]:
-    """The FFN behind each sparse layer of a model, by layer name, also where the model is nested in another since."""
-    views = {}
-    for name, layer in sparse_layers(model).items():
-        prefix = name.removesuffix(layer.name)
-        spec = dataclasses.replace(layer.ffn, name=(prefix + layer.ffn.name).rstrip("."))
-        views[name] = FFNView(model, spec)
-    return views
+    """The FFN behind each sparse layer of a model, by layer name, also where the model is nested in another since.
+
+    Raises:
+        ValueError: if the model holds no sparse FFN, or something was put between the halves of one.
+    """
+    return {name: FFNView(model, spec_here(name, layer)) for name, layer in sparse_layers(model).items()}
 
 
 def densify(model: ModelT) -> ModelT:
     """Undo :func:`sparsify` in place: every weight bit-exactly where it was, routers gone.
 
     Raises:
-        ValueError: if the model holds no sparse FFN.
+        ValueError: if the model holds no sparse FFN, or adapters are on one: their weights would stay in expert order.
+            The model is as it was.
     """
-    layers = sparse_layers(model)
-    for name, view in sparse_views(model).items():
+    layers, views = sparse_layers(model), sparse_views(model)
+    for name, view in views.items():
+        refuse_wrapped(name, layers[name], view)
+    for name, view in views.items():
         order_F = layers[name].permutation
         make_dense(view)
         view.unpermute_(order_F)

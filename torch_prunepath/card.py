@@ -1,0 +1,94 @@
+"""The model card of a sparse model: what it is, how it is loaded, and a table of how sparse each layer is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torch_prunepath.sparsity import SparsityRecord, sparse_layers
+
+CARD = "README.md"
+
+
+def model_card(
+    model: nn.Module,
+    *,
+    base_model: str | None = None,
+    record: SparsityRecord | None = None,
+    measured: Mapping[str, Any] | None = None,
+) -> str:
+    """A model card in the hub's format: Markdown, with metadata at the top.
+
+    Args:
+        model: a sparse model.
+        base_model: name on the hub of the dense model that it was made from.
+        record: what :func:`torch_prunepath.record_sparsity` found; the table then tells each layer's sparsity.
+        measured: further results, by what they are called.
+
+    Raises:
+        ValueError: if the model holds no sparse FFN.
+
+    Example::
+
+        with torch_prunepath.record_sparsity(model) as record:
+            model(**batch)
+        card = model_card(model, record=record)
+    """
+    layers = sparse_layers(model)
+    neurons = sum(layer.ffn.ffn_size for layer in layers.values())
+    results = dict(measured or {})
+    if record is not None:
+        results = {"inactive FFN neurons": f"{record.sparsity:.1%}", **results}
+    blocks = [
+        _metadata(base_model),
+        f"# Sparse {type(model).__name__}",
+        f"{len(layers)} feed-forward networks with {neurons} neurons, grouped into experts; a router chooses each "
+        f"token's. Made with torch-prunepath{f' from `{base_model}`' if base_model else ''}. Without that package this "
+        "loads as the dense model.",
+        "```python\nimport torch_prunepath\n\nmodel = torch_prunepath.load(directory)\n"
+        "torch_prunepath.set_tau(model, 0.8)  # 1 is dense, less is sparser\n```",
+        *(["## Measured", _table(("", "value"), list(results.items()))] if results else []),
+        "## Sparsity",
+        _layer_table(model, record),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def write_card(model: nn.Module, directory: str | Path, **facts: Any) -> bool:
+    """Write :func:`model_card` as ``README.md``, unless there is one already; whether it was written."""
+    text = model_card(model, **facts)
+    try:
+        with (Path(directory) / CARD).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _metadata(base_model: str | None) -> str:
+    base = [f"base_model: {base_model}"] if base_model else []
+    return "\n".join(["---", "library_name: transformers", *base, "tags:", "- prunepath", "- sparse", "---"])
+
+
+def _layer_table(model: nn.Module, record: SparsityRecord | None) -> str:
+    found = {} if record is None else record.per_layer
+    head = ("layer", "neurons", "experts", "tau", *(("sparsity",) if found else ()))
+    rows = [
+        (
+            f"`{name or type(model).__name__}`",
+            layer.ffn.ffn_size,
+            f"{layer.num_experts} of {layer.experts.expert_size}",
+            f"{float(layer.tau):.6g}",
+            *((f"{found[layer.name]:.1%}" if layer.name in found else "not run",) if found else ()),
+        )
+        for name, layer in sparse_layers(model).items()
+    ]
+    return _table(head, rows)
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,79 @@
+"""What others have put around a sparse model since: a model around it, adapters around its projections."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from torch_prunepath.config import FFNSpec
+from torch_prunepath.ffn import FFNView
+from torch_prunepath.layer import RoutedExperts, SparseDown, SparseFFN, SparseUp
+
+
+def spec_here(name: str, layer: RoutedExperts) -> FFNSpec:
+    """Where the FFN is of a sparse layer that is called ``name`` by now, and its weights, inside of adapters.
+
+    Raises:
+        ValueError: if something was put between the halves of one that is split.
+    """
+    spec = layer.ffn
+    if not spec.split:
+        up, down = _innermost(layer, spec.up), _innermost(layer, spec.down)
+        gate = None if spec.gate is None else _innermost(layer, spec.gate)
+        return dataclasses.replace(spec, name=name, up=up, gate=gate, down=down)
+    owner, found, inside = f".{name}".rpartition(f".{spec.up}")
+    if not found or inside[:1] not in ("", "."):
+        raise ValueError(f"{name}: a module was put between it and the FFN that it is a part of: take that off first")
+    return dataclasses.replace(spec, name=owner.removeprefix("."), up=spec.up + inside)
+
+
+def _innermost(owner: nn.Module, part: str) -> str:
+    """The name of a projection, or of what PEFT's adapters have taken in as theirs."""
+    while isinstance(getattr(owner.get_submodule(part), "base_layer", None), nn.Module):
+        part = f"{part}.base_layer"
+    return part
+
+
+def refuse_wrapped(name: str, layer: RoutedExperts, view: FFNView) -> None:
+    """Refuse to move the neurons of a sparse layer where something else counts on their order.
+
+    Raises:
+        ValueError: with a remedy.
+    """
+    if not isinstance(layer, SparseFFN | SparseUp):
+        raise ValueError(f"{name} is a PEFT adapter's, and the base model is dense: call model.unload() instead")
+    known = layer.projection_types if isinstance(layer, SparseFFN) else (SparseUp, SparseDown)
+    for part in ("up", "gate", "down"):
+        place, module = getattr(layer.ffn, part), getattr(view, part)
+        if place != getattr(view.spec, part) or not (module is None or isinstance(module, known)):
+            raise ValueError(
+                f"{place} of {view.spec.name or 'the model'} was replaced since, by what would stay in expert order: "
+                "if it is an adapter's, call merge_and_unload() or unload() of that one first"
+            )
+
+
+def refuse_wrapper(model: object) -> None:
+    """Refuse what stands around a model in its place: names inside it are not those that a checkpoint has.
+
+    Raises:
+        ValueError: with a remedy.
+        TypeError: if it is no model at all.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model (torch.nn.Module) is needed, not a {kind}: load it with from_pretrained first")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "DataParallel copies the model for each batch: sparsify(model.module), and run one process a GPU, with "
+            "torchrun"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("the model is in DistributedDataParallel: sparsify(model.module) before it is wrapped")
+    if isinstance(model._modules.get("_orig_mod"), nn.Module):
+        raise ValueError("the model is compiled: sparsify(model._orig_mod), and compile it afterwards")
+    if hasattr(type(model), "get_base_model"):
+        raise ValueError(
+            f"the model is a {kind}: call merge_and_unload() first; or, if its adapters are not on feed-forward "
+            "networks, sparsify(model.get_base_model())"
+        )
