@@ -1,0 +1,181 @@
+"""What the runs of a task benchmark say: a table, a plot and the same as JSON.
+
+Of several runs that differ in learning rates or settings, the one is reported that the selection half prefers, for each
+seed by itself; runs of different length are reported apart.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from task_methods import METHODS
+from task_store import Run, Store, replacing
+
+from torch_prunepath.errors import UserError
+from torch_prunepath.report import aligned
+
+Row = dict[str, Any]
+
+
+def rows_of(runs: Mapping[str, Run], metrics: Sequence[str]) -> list[Row]:
+    """One row a task, method, target and length: mean, least and largest of each metric over seeds.
+
+    Args:
+        runs: by name.
+        metrics: of the report half; a task lacks those that it has no word for.
+
+    Raises:
+        UserError: if there is no run that ended well, or if runs of a task cannot be compared.
+    """
+    _check_alike(runs)
+    best: dict[tuple[Any, ...], tuple[float, Row, Run]] = {}
+    for run in runs.values():
+        config = run["config"]
+        for point in run["points"]:
+            key = (config["task"], config["method"], point["target"], config["steps"], config["seed"])
+            score = point["select"]["score"]
+            if key not in best or score > best[key][0]:
+                best[key] = (score, point, run)
+    if not best:
+        raise UserError("no run has ended well: see the runs' files, and run again with smaller learning rates")
+    groups: dict[tuple[Any, ...], list[tuple[Row, Run]]] = {}
+    for (*group, _), (_, point, run) in sorted(best.items(), key=lambda item: _order(item[0])):
+        groups.setdefault(tuple(group), []).append((point, run))
+    return [_row(*group, members, metrics) for group, members in groups.items()]  # type: ignore[misc]
+
+
+def _check_alike(runs: Mapping[str, Run]) -> None:
+    first: dict[tuple[str, str], tuple[str, Any]] = {}
+    for name, run in runs.items():
+        for what in ("weights", "data"):
+            config = run["config"]
+            other, value = first.setdefault((config["task"], what), (name, config[what]))
+            if value != config[what]:
+                kind = "models" if what == "weights" else "data, or data that were cut otherwise"
+                raise UserError(f"{other} and {name} are of different {kind}: keep each in a folder of its own")
+
+
+def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    task, method, target, steps, seed = key
+    return task, steps, target, list(METHODS).index(method), seed
+
+
+def _row(
+    task: str, method: str, target: float, steps: int, members: Sequence[tuple[Row, Run]], metrics: Sequence[str]
+) -> Row:
+    points = [point for point, _ in members]
+    configs = [run["config"] for _, run in members]
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        values = [point["report"][metric] for point in points if point["report"].get(metric) is not None]
+        if len(values) == len(points):
+            found[metric] = {"mean": statistics.fmean(values), "least": min(values), "most": max(values)}
+    return {
+        "task": task,
+        "method": method,
+        "target": target,
+        "steps": steps,
+        "realised_sparsity": statistics.fmean(point["report"]["sparsity"] for point in points),
+        "seeds": [config["seed"] for config in configs],
+        "lr": [config["lr"] for config in configs],
+        "fields": [config["fields"] for config in configs],
+        "metrics": found,
+    }
+
+
+def table(rows: Sequence[Row], metrics: Sequence[str], scale: Mapping[str, float]) -> list[str]:
+    """Aligned columns; behind each mean half of what lies between the seeds' least and most."""
+    shown = [metric for metric in metrics if any(metric in row["metrics"] for row in rows)]
+    lines = [("task", "method", "target", "realised", "steps", "seeds", *shown, "lr", "settings")]
+    lines += [_cells(row, shown, scale) for row in rows]
+    return list(aligned(lines))
+
+
+def _cells(row: Row, shown: Sequence[str], scale: Mapping[str, float]) -> tuple[str, ...]:
+    values = []
+    for metric in shown:
+        found = row["metrics"].get(metric)
+        if found is None:
+            values.append("")
+            continue
+        half = (found["most"] - found["least"]) / 2 * scale.get(metric, 1.0)
+        values.append(f"{found['mean'] * scale.get(metric, 1.0):.2f}" + (f" +-{half:.2f}" if half else ""))
+    settings = {" ".join(f"{k}={v}" for k, v in fields.items()) for fields in row["fields"]}
+    about = (f"{row['target']:.0%}", f"{row['realised_sparsity']:.1%}", str(row["steps"]), str(len(row["seeds"])))
+    rates = ",".join(f"{lr:g}" for lr in dict.fromkeys(row["lr"]))
+    return (row["task"], row["method"], *about, *values, rates, " | ".join(sorted(settings)))
+
+
+def write_report(
+    store: Store, runs: Mapping[str, Run], metrics: Sequence[str], scale: Mapping[str, float]
+) -> tuple[dict[str, Any], str]:
+    """Make ``report.json``, ``report.md`` and ``report.png`` of the runs; the same as an object and as text.
+
+    Raises:
+        UserError: if no run ended well or a file cannot be written.
+    """
+    rows = rows_of(runs, metrics)
+    lines = table(rows, metrics, scale)
+    failed = {name: run["failed"] for name, run in runs.items() if "failed" in run}
+    about = {key: sorted({_said(run, key) for run in runs.values()}) for key in ("hardware", "versions", "commit")}
+    plot = _plot(rows, metrics, scale, store.output / "report.png")
+    results = {"rows": rows, "failed": failed, **about, "plot": plot}
+    notes = [f"{key}: {'; '.join(values)}" for key, values in about.items()]
+    notes += [f"failed: {name}: {reason}" for name, reason in failed.items()]
+    with replacing(store.output / "report.json") as part:
+        part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = "\n".join([*lines, "", *notes])
+    with replacing(store.output / "report.md") as part:
+        part.write_text("\n".join(["```", *lines, "```", "", *(f"- {note}" for note in notes), ""]), encoding="utf-8")
+    return results, text
+
+
+def _said(run: Run, key: str) -> str:
+    value = run.get(key)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {text}" for name, text in value.items())
+    return str(value)
+
+
+def _plot(rows: Sequence[Row], metrics: Sequence[str], scale: Mapping[str, float], path: Path) -> str | None:
+    """A picture a task and metric; None, and a line that says how to get it, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        return None
+    panels = sorted({(row["task"], row["steps"], metric) for row in rows for metric in row["metrics"]})
+    if not panels:
+        return None
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4.5 * across, 3.6 * down), layout="constrained")
+    for axes, (task, steps, metric) in zip(figure.subplots(down, across, squeeze=False).flat, panels, strict=False):
+        chosen = [row for row in rows if (row["task"], row["steps"]) == (task, steps) and metric in row["metrics"]]
+        _draw(axes, chosen, metric, scale.get(metric, 1.0))
+        axes.set(title=f"{task}, {steps} steps", xlabel="inactive share of FFN neurons (%)", ylabel=metric)
+        axes.legend(fontsize="x-small")
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=130)
+    return str(path)
+
+
+def _draw(axes: Any, rows: Sequence[Row], metric: str, scale: float) -> None:
+    for method in METHODS:
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["realised_sparsity"])
+        if not own:
+            continue
+        found = [row["metrics"][metric] for row in own]
+        means = [scale * each["mean"] for each in found]
+        if METHODS[method].dense:
+            axes.axhline(means[0], linestyle="--", color="0.3" if method == "dense" else "0.6", label=method)
+            continue
+        below = [scale * (each["mean"] - each["least"]) for each in found]
+        above = [scale * (each["most"] - each["mean"]) for each in found]
+        places = [100 * row["realised_sparsity"] for row in own]
+        axes.errorbar(places, means, yerr=[below, above], fmt="o-", capsize=3, label=method)
