@@ -230,3 +230,12 @@ def test_lte_stages() -> None:
         with pytest.raises(ValueError, match="both stages need a step"):
             recipes.lte_stages(steps, first=share)
     assert dataclasses.replace(second, phases=(hold(0.8),)).phases == (hold(0.8),)
+
+
+def test_a_callback_may_end_the_enforcing() -> None:
+    config = TrainConfig(steps=4, **FAST)
+    history = enforce_sparsity(
+        tiny_llama(), batches(4), config, on="activations", progress=False, callback=lambda state, record: True
+    )
+    assert 1 <= len(history) < 4
+    assert all(record["hoyer"] > 0 for record in history)

@@ -72,7 +72,8 @@ def enforce_sparsity(
     penalty = _Penalty(len(views), weight / config.accumulation, on, displacement)
     with penalty.watching(model, views):
         records = train_dense(model, batches, config, **options)
-    means = penalty.means(config.accumulation)
+    # Where a callback ended the run, its last step has no record.
+    means = penalty.means(config.accumulation)[: len(records)]
     return [{**record, "hoyer": mean} for record, mean in zip(records, means, strict=True)]
 
 

@@ -1,0 +1,284 @@
+"""Tables and a plot of the runs in a folder: perplexity against sparsity, over seeds.
+
+A method's learning rate is the one with the lowest perplexity on the held-out end of the training text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.adaptation.methods import METHODS
+from benchmarks.adaptation.options import VALID
+from torch_prunepath.errors import UserError
+from torch_prunepath.output import writing
+
+TABLE, SUMMARY, PLOT = "report.md", "report.json", "report.png"
+Result = dict[str, Any]
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one sparsity on one text, over seeds.
+
+    Attributes:
+        asked: sparsity.
+        sparsity: realised, the mean over seeds.
+        perplexity: mean over seeds.
+        low: of the seeds.
+        high: of the seeds.
+        seeds: how many.
+        lr: chosen.
+        cut: whether a run was cut short.
+    """
+
+    asked: float
+    sparsity: float
+    perplexity: float
+    low: float
+    high: float
+    seeds: int
+    lr: float
+    cut: bool
+
+
+def report(folder: Path, *, as_json: bool) -> str:
+    """Write the tables, their numbers and the plot into the folder; the tables (or numbers) as text.
+
+    Raises:
+        UserError: if there is no run in the folder, or it cannot be written.
+    """
+    results = read(folder)
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(_budget(result), []).append(result)
+    curves = {title: curves_of(group) for title, group in groups.items()}
+    texts = {title: list(dict.fromkeys(r["text"] for g in group for r in g["rows"])) for title, group in groups.items()}
+    lines: list[str] = ["# Perplexity against sparsity after equal training"]
+    for title, group in groups.items():
+        lines += ["", f"## {title}", "", *_about(group)]
+        for text in texts[title]:
+            lines += ["", f"### {text}", "", *table(curves[title], text), *_own_settings(group, text)]
+        lines += ["", "### Runs", "", *_runs(group)]
+    numbers = {
+        title: {label: {text: [vars(p) for p in points] for text, points in by.items()} for label, by in found.items()}
+        for title, found in curves.items()
+    }
+    summary = json.dumps(numbers, indent=1, allow_nan=False)
+    with writing(folder):
+        (folder / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / SUMMARY).write_text(summary + "\n", encoding="utf-8")
+    _plot(curves, folder)
+    return summary if as_json else "\n".join(lines)
+
+
+def read(folder: Path) -> list[Result]:
+    """Every run's result, in the order of their names.
+
+    Raises:
+        UserError: if there is none, or one cannot be read.
+    """
+    results = []
+    for path in sorted((folder / "runs").glob("[!.]*.json")):
+        try:
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): remove it, and run again") from error
+    if not results:
+        raise UserError(f"there is no result in {folder}: python -m benchmarks.adaptation run ... -o {folder}")
+    return results
+
+
+def _budget(result: Result) -> str:
+    """What runs must share to be compared."""
+    run = result["run"]
+    budget = run["budget"]
+    tokens = budget["tokens"] // budget["batch_tokens"] * budget["batch_tokens"]
+    parts = [
+        run["model"],
+        f"{tokens:,} tokens of {run['texts']['train']}",
+        f"context {budget['context']}, {budget['batch_tokens']} tokens a step",
+        "bfloat16 autocast" if run["bf16"] else "float32",
+        f"{run['windows']} windows a text",
+    ]
+    return ", ".join(parts)
+
+
+def label_of(run: Mapping[str, Any]) -> str:
+    """The method, and what was changed of it."""
+    title = METHODS[run["method"]].title if run["method"] in METHODS else run["method"]
+    changed = ", ".join(f"{name}={value}" for name, value in sorted(run["settings"].items()))
+    return f"{title} ({changed})" if changed else title
+
+
+Curves = dict[str, dict[str, list[Point]]]
+"""Points by label and text."""
+
+
+def curves_of(results: Sequence[Result]) -> Curves:
+    """Points of every method, with the learning rate chosen for each run that it needs."""
+    order = list(METHODS)
+    place = {method: number for number, method in enumerate(order)}
+    found: Curves = {}
+    keys: dict[tuple[str, float | None], list[Result]] = {}
+    for result in sorted(results, key=lambda r: place.get(r["run"]["method"], len(order))):
+        run = result["run"]
+        keys.setdefault((label_of(run), run["sparsity"]), []).append(result)
+    for (label, _), group in keys.items():
+        chosen = best_lr(group)
+        if chosen is None:
+            continue
+        own = [result for result in group if result["run"]["lr"] == chosen and not result["failed"]]
+        for text, asked in dict.fromkeys((row["text"], row["asked"]) for r in own for row in r["rows"]):
+            point = _point(own, text, asked, chosen)
+            if point is not None:
+                found.setdefault(label, {}).setdefault(text, []).append(point)
+    for by in found.values():
+        for points in by.values():
+            points.sort(key=lambda point: point.asked)
+    return found
+
+
+def best_lr(group: Sequence[Result]) -> float | None:
+    """The learning rate with the lowest mean log perplexity on ``valid``; of those with most seeds that trained."""
+    scores: dict[float, list[float]] = {}
+    for result in group:
+        rows = [r for r in result["rows"] if r["text"] == VALID and r["asked"] is not None and "perplexity" in r]
+        if rows and not result["failed"]:
+            mean = statistics.mean(math.log(row["perplexity"]) for row in rows)
+            scores.setdefault(result["run"]["lr"], []).append(mean)
+    if not scores:
+        return None
+    # A rate that was tried on some seeds only may have been lucky with them.
+    return min(scores, key=lambda lr: (-len(scores[lr]), statistics.mean(scores[lr])))
+
+
+def _point(results: Iterable[Result], text: str, asked: float | None, lr: float) -> Point | None:
+    rows, cut = [], False
+    for result in results:
+        rows += [r for r in result["rows"] if (r["text"], r["asked"]) == (text, asked) and "perplexity" in r]
+        cut |= result["training"]["cut"]
+    if asked is None or not rows:
+        return None
+    values = [row["perplexity"] for row in rows]
+    realised = statistics.mean(row["sparsity"] for row in rows)
+    return Point(asked, realised, statistics.mean(values), min(values), max(values), len(values), lr, cut)
+
+
+def table(curves: Curves, text: str) -> list[str]:
+    """Markdown: a line a method, a column a sparsity."""
+    shares = sorted({p.asked for by in curves.values() for p in by.get(text, []) if p.asked})
+    dense = next((by[text][0].perplexity for label, by in curves.items() if label == METHODS[DENSE].title), None)
+    lines = [
+        "| method | lr | " + " | ".join(f"{share:.0%}" for share in shares) + " |",
+        "|---" * (2 + len(shares)) + "|",
+    ]
+    for label, by in curves.items():
+        points = {point.asked: point for point in by.get(text, [])}
+        rates = ", ".join(sorted({f"{point.lr:g}" for point in points.values()}))
+        cells = [_cell(points[share], dense) if share in points else "" for share in shares]
+        if set(points) == {0.0}:
+            cells = [_cell(points[0.0], None), *cells[1:]]
+        lines.append(f"| {label} | {rates} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _own_settings(group: Sequence[Result], text: str) -> list[str]:
+    """Points at settings of a method's own, whatever sparsity comes of them, and sparsities out of reach."""
+    lines = []
+    for result in group:
+        run = result["run"]
+        name = f"{label_of(run)}, lr {run['lr']:g}, seed {run['seed']}"
+        for row in result["rows"]:
+            if row["text"] != text:
+                continue
+            if "unreachable" in row:
+                lines.append(f"- {name}: {row['asked']:.0%} is out of reach, {row['unreachable']}")
+            elif row["asked"] is None:
+                found = f"{row['perplexity']:.2f} at {row['sparsity']:.1%}"
+                lines.append(f"- {name}, {row['setting']} (tau {row['tau']:g}): {found}")
+    return ["", *lines] if lines else []
+
+
+def _cell(point: Point, dense: float | None) -> str:
+    spread = f" [{point.low:.2f}, {point.high:.2f}]" if point.seeds > 1 else ""
+    ratio = "" if dense is None else f" ({point.perplexity / dense:.2f}x)"
+    other = f" at {point.sparsity:.1%}" if abs(point.sparsity - point.asked) > 0.005 else ""
+    return f"{point.perplexity:.2f}{spread}{ratio}{other}{' †' if point.cut else ''}"
+
+
+def _about(group: Sequence[Result]) -> list[str]:
+    """Where the numbers come from."""
+    machines = sorted({r["hardware"].get("gpu") or r["hardware"]["cpu"] for r in group})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in group})
+    commits = sorted({str(r["commit"]) for r in group})
+    lines = [
+        f"{', '.join(machines)}; {'; '.join(versions)}; commit {', '.join(commits)}.",
+        "Means over seeds, in square brackets the least and largest, in round ones relative to the fine-tuned dense",
+        "model. The realised share is named where it is not the one asked for; TEAL's counts matrix inputs.",
+        f"The learning rate is the best on {VALID!r}, the end of the training text, which no run trains on.",
+    ]
+    if any(r["training"]["cut"] for r in group):
+        lines.append("† trained on fewer tokens: --seconds ran out.")
+    return lines
+
+
+def _runs(group: Sequence[Result]) -> list[str]:
+    lines = ["| run | tokens | tokens/s | training | conversion and all else | evaluation | |", "|---" * 7 + "|"]
+    for result in group:
+        run, training = result["run"], result["training"]
+        share = "" if run["sparsity"] is None else f" {run['sparsity']:.0%}"
+        rest = max(0.0, result["seconds"] - result["evaluation_seconds"] - training["seconds"])
+        name = f"{label_of(run)}{share}, lr {run['lr']:g}, seed {run['seed']}"
+        cells = [
+            f"{training['tokens']:,}",
+            f"{training['tokens_per_second'] or 0:,.0f}",
+            f"{training['seconds']:.1f} s",
+        ]
+        cells += [f"{rest:.1f} s", f"{result['evaluation_seconds']:.1f} s", result["failed"] or ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _plot(curves: Mapping[str, Curves], folder: Path) -> None:
+    """A panel for each budget and text; a line that says how to get it, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'torch-prunepath[plot]')", file=sys.stderr)
+        return
+    panels = [
+        (found, text) for found in curves.values() for text in dict.fromkeys(t for by in found.values() for t in by)
+    ]
+    if not panels:
+        return
+    labels = list(dict.fromkeys(label for found in curves.values() for label in found))
+    figure = Figure(figsize=(5 * len(panels) + 3.5, 4.5), layout="constrained")
+    shown: dict[str, Any] = {}
+    for axes, (found, text) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, by in found.items():
+            style = {
+                "color": f"C{labels.index(label) % 10}",
+                "linestyle": ("-", "--", ":")[labels.index(label) // 10 % 3],
+            }
+            shown.setdefault(label, _line(axes, label, by.get(text, []), style))
+        axes.set(title=text, xlabel="inactive share of FFN neurons (%)", ylabel="perplexity", yscale="log")
+    figure.legend(handles=list(shown.values()), loc="outside right upper", fontsize="small")
+    with writing(folder):
+        figure.savefig(folder / PLOT, dpi=150)
+
+
+def _line(axes: Any, label: str, points: Sequence[Point], style: Mapping[str, Any]) -> Any:
+    if [point.asked for point in points] == [0.0]:
+        return axes.axhline(points[0].perplexity, color="0.6", linestyle="--", label=label)
+    across = [100 * point.sparsity for point in points]
+    (line,) = axes.plot(across, [p.perplexity for p in points], marker="o", markersize=3, label=label, **style)
+    axes.fill_between(across, [p.low for p in points], [p.high for p in points], color=style["color"], alpha=0.2)
+    return line
