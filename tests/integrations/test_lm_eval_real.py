@@ -64,7 +64,7 @@ def test_hellaswag_and_mmlu_at_tau_1_score_as_hf_does(model: Path, tmp_path: Pat
     assert_same_scores(ours, stock)
     assert ours["n-shot"]["local_mmlu_anatomy"] == 5
     assert ours["config"]["prunepath"]["sparsity"] == 0
-    assert ours["config"]["prunepath"]["tokens"] > 5000
+    assert ours["config"]["prunepath"]["tokens"] > 3000  # most of them the five examples ahead of each question
 
 
 @pytest.mark.shared_data
