@@ -109,6 +109,12 @@ class RoutedExperts(Swapped):
         self.routing_hooks[handle.id] = hook
         return handle
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise ValueError(
+            "nn.DataParallel cannot copy a sparse layer: its replicas would share hooks and hand-offs between threads; "
+            "use DistributedDataParallel, one process for each device"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # half() and to(bfloat16) move every floating point buffer; tau must keep its float32 value.
         tau = self.tau

@@ -26,6 +26,7 @@ from torch_prunepath import (
     record_sparsity,
     set_sparsity,
     set_tau,
+    sparse_layers,
     sparsify,
 )
 from torch_prunepath.integrations.lm_eval import PrunePathLM
@@ -147,6 +148,11 @@ def _(model: Model, folder: Path) -> None:
 @on_dense("a model with LoRA")
 def _(model: Model, folder: Path) -> None:
     convert(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])))
+
+
+@on_sparse("a sparse model in DataParallel")
+def _(model: Model, folder: Path) -> None:
+    next(iter(sparse_layers(model).values()))._replicate_for_data_parallel()  # what DataParallel calls on each module
 
 
 @on_sparse("nothing run while recording")
