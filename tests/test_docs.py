@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ELSEWHERE = {
     "adapters.md": "integrations/test_peft_docs.py",
+    "first-hour.md": "integrations/test_first_hour.py",
     "transformers.md": "integrations/test_transformers_docs.py",
 }
 """Pages whose examples another test runs."""
@@ -228,7 +229,8 @@ def commands_in(path: Path) -> list[list[str]]:
     for block in blocks_of(path):
         if block.language not in ("bash", "console", "sh"):
             continue
-        for line in block.code.replace("\\\n", " ").splitlines():
+        code = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", block.code)  # a shell's variable with a default stands for that
+        for line in code.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
                 words = shlex.split(command, comments=True)
                 if words and Path(words[0]).name in ("prunepath", "prunepath-eval"):
