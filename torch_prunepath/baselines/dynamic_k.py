@@ -22,7 +22,6 @@ from torch_prunepath.baselines.rules import cumulative_share, near_largest
 from torch_prunepath.config import check_choice, num_experts
 from torch_prunepath.ffn import FFNView
 from torch_prunepath.router import Router
-from torch_prunepath.sparsity import set_tau
 
 DynamicK = Literal["max", "cumulative"]
 
@@ -71,14 +70,8 @@ def d2dmoe(
     inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
     build = partial(_build, expert_size=expert_size, width=width, epochs=epochs, lr=lr, seed=seed)
     select = near_largest if rule == "max" else cumulative_share
-    convert(model, expert_size, build, select, inputs, seed=seed, progress=progress)
-    handle = RoutedBaseline(model, inputs)
-    try:
-        set_tau(model, tau)
-    except BaseException:
-        handle.remove()
-        raise
-    return handle
+    convert(model, expert_size, build, select, inputs, tau=tau, seed=seed, progress=progress)
+    return RoutedBaseline(model, inputs)
 
 
 def _build(

@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 
 from torch_prunepath.baselines.rules import Selection, SelectionRule
 from torch_prunepath.calibrate import visit_inputs
-from torch_prunepath.config import Gate, SparsifyConfig
+from torch_prunepath.config import Gate, SparsifyConfig, check_tau
 from torch_prunepath.data import Inputs, as_inputs, can_sample, sample_text
 from torch_prunepath.ffn import FFNView
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.manifest import attach
 from torch_prunepath.router import Router
 from torch_prunepath.sparsify import densify, sparse_views, sparsify
-from torch_prunepath.sparsity import set_sparsity, sparse_layers
+from torch_prunepath.sparsity import set_sparsity, set_tau, sparse_layers
 
 CALIBRATION_TOKENS = 16384
 """Calibration tokens used, at most, unless the caller says otherwise."""
@@ -112,12 +112,13 @@ def convert(
     rule: SelectionRule,
     inputs: Inputs | None = None,
     *,
+    tau: float = 1.0,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
     """Group each FFN's neurons by balanced k-means of their weights, and give it a router and a rule, in place.
 
-    Afterwards every expert is active (tau = 1), every gate is 1, routers take part in no training.
+    Afterwards every gate is 1, and routers take part in no training.
 
     Args:
         model: a dense model.
@@ -125,12 +126,14 @@ def convert(
         build: makes each layer's router.
         rule: selects.
         inputs: what the routers are built from, on the hidden states of the dense model.
+        tau: in (0, 1]; 1 activates every expert.
         seed: of the clustering.
         progress: show progress bars.
 
     Raises:
         ValueError: as :func:`torch_prunepath.sparsify`. The model is as it was.
     """
+    check_tau(tau)
     config = SparsifyConfig(expert_size=expert_size, partition="kmeans", router="zero", budget="uniform", seed=seed)
     sparsify(model, tau=1.0, config=config, progress=progress)
     try:
@@ -142,6 +145,7 @@ def convert(
         densify(model)
         raise
     attach(model, None)  # what it says holds for our own routers and rules
+    set_tau(model, tau)
 
 
 def _build_all(model: nn.Module, build: BuildRouter, inputs: Inputs | None, progress: bool) -> dict[str, Router]:

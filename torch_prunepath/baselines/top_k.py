@@ -95,14 +95,8 @@ def moefication(
     if router == "mlp":
         inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
     build = partial(_build, router=router, expert_size=expert_size, epochs=epochs, seed=seed)
-    convert(model, expert_size, build, top_share, inputs, seed=seed, progress=progress)
-    handle = MoEfication(model, inputs)
-    try:
-        set_tau(model, tau)
-    except BaseException:
-        handle.remove()
-        raise
-    return handle
+    convert(model, expert_size, build, top_share, inputs, tau=tau, seed=seed, progress=progress)
+    return MoEfication(model, inputs)
 
 
 def _build(
