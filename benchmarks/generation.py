@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from e2e import TEST, E2ETask, references, score_run
 from glue import read_rows
-from task_options import add_options, options_of
+from task_options import add_options, dispatch, options_of
 from task_report import write_report
 from task_runs import run_all
 from task_store import Run, Store
@@ -97,13 +97,7 @@ def score_all(store: Store, runs: dict[str, Run], data: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
-    arguments = parser().parse_args(argv)
-    try:
-        {"run": run, "report": report}[arguments.command](arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return dispatch({"run": run, "report": report}, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

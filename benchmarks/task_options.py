@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,16 @@ def _check(arguments: argparse.Namespace) -> None:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:  # an unknown name; torch built without CUDA
         raise UserError(f"--device {arguments.device}: this machine has none: leave it out, or give cpu") from error
+
+
+def dispatch(commands: Mapping[str, Callable[[argparse.Namespace], None]], arguments: argparse.Namespace) -> int:
+    """Run the command that was asked for; the exit code, 2 if the person must mend something."""
+    try:
+        commands[arguments.command](arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _fields(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
