@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the other benchmarks are found when this one is a script
+sys.path.append(str(Path(__file__).parents[1]))  # so that the other benchmarks are found when this one is a script
 from benchmarks.adaptation.compiling import compiled
 from torch_prunepath import SparsifyConfig, sparse_layers, sparsify
 from torch_prunepath.bench.geometry import GEOMETRIES, Geometry, resolve
