@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from e2e import TEST, E2ETask, references, score_run
-from glue import read_rows
-from task_options import add_options, dispatch, options_of
-from task_report import write_report
-from task_runs import run_all
-from task_store import Run, Store
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that the packages beside this script are found
+from benchmarks.common.options import check_positive, dispatch
+from benchmarks.common.store import Run, Store
+from benchmarks.tasks.e2e import TEST, E2ETask, references, score_run
+from benchmarks.tasks.glue import read_rows
+from benchmarks.tasks.options import add_options, options_of
+from benchmarks.tasks.report import write_report
+from benchmarks.tasks.runs import run_all
 from torch_prunepath.errors import UserError
 
 METRICS = ("bleu", "rouge_l")
@@ -50,10 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """``generation.py run``."""
     options = options_of(arguments)
-    for name in ("eval_batch", "new_tokens", "meanings"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
+    check_positive({name: getattr(arguments, name) for name in ("eval_batch", "new_tokens", "meanings")})
     torch.backends.cuda.matmul.allow_tf32 = False
     task = E2ETask(
         arguments.data,
@@ -71,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """``generation.py report``."""
-    store = Store(arguments.output, create=False)
+    store = Store(arguments.output)
     runs = store.all()
     score_all(store, runs, arguments.data)
     results, text = write_report(store, runs, METRICS, SCALE)

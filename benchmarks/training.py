@@ -6,8 +6,8 @@
 Every side trains the same sizes on the same random tokens with AdamW, gradients clipped. "dense" is a plain loop of
 its own, with PyTorch's fused AdamW on CUDA; the others are ``torch_prunepath.train.train``: "task" with the model's own
 loss alone, "held" and "paper" with those recipes' losses, "held-distil" with the dense model as a teacher as well. In
-mode "compiled", dense is one compiled model; of a sparse model, what lies outside its FFNs is compiled, and the teacher
-as a whole. The clock runs on the device, from the end of one step to the end of the next; medians after a warm-up.
+the modes "default" and "reduce-overhead" of torch.compile, all are compiled block by block; in mode "whole", dense as
+one and the others block by block, in the default mode. The clock runs on the device, from the end of one step to the end of the next; medians after a warm-up.
 Weights of a geometry are random, and so are the routers. Memory is the most that tensors held during training.
 """
 
@@ -30,8 +30,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that the other benchmarks are found when this one is a script
-from benchmarks.adaptation.compiling import compiled
 from torch_prunepath import SparsifyConfig, sparse_layers, sparsify
 from torch_prunepath.bench.geometry import GEOMETRIES, Geometry, resolve
 from torch_prunepath.bench.layers import SCORE_SPREAD
@@ -40,11 +38,11 @@ from torch_prunepath.bench.timing import peak_memory
 from torch_prunepath.errors import UserError
 from torch_prunepath.models import load_model, longest_context
 from torch_prunepath.report import aligned, machine
-from torch_prunepath.train import TrainConfig, recipes, train
+from torch_prunepath.train import TrainConfig, compiled_blocks, recipes, train
 
 DENSE = "dense"
 SIDES = (DENSE, "task", "held", "held-distil", "paper")
-MODES = ("eager", "compiled")
+MODES = ("eager", "default", "reduce-overhead", "whole")
 PROFILED = 3
 """Which step is profiled: those before it load kernels and settle allocations."""
 Row = dict[str, Any]
@@ -169,18 +167,28 @@ class Side:
         if self.name == DENSE:
             train_densely(self.model, batches, config, tick)
             return
-        train(self.model, batches, config, teacher=self.teacher, progress=False, callback=lambda *_: tick())
+        extras = {"teacher": self.teacher, "compile": self.how, "progress": False}
+        train(self.model, batches, config, callback=lambda *_: tick(), **extras)
+
+    @property
+    def how(self) -> str | bool:
+        """What blocks are compiled with."""
+        if self.mode == "eager":
+            return False
+        return self.arguments.backend or (True if self.mode == "whole" else self.mode)
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """Compiled inside the context, if that is the mode."""
-        with contextlib.ExitStack() as stack:
-            if self.mode == "compiled":
-                backend = self.arguments.backend
-                stack.enter_context(compiled(self.model, whole=self.name == DENSE, backend=backend))
-                if self.teacher is not None:
-                    stack.enter_context(compiled(self.teacher, whole=True, backend=backend))
+        """A dense model is compiled inside the context, if that is the mode; sparse ones do it themselves."""
+        if self.name != DENSE or self.mode == "eager":
             yield
+        elif self.mode != "whole":
+            with compiled_blocks(self.model, self.how):
+                yield
+        else:
+            self.model.compile(backend=self.arguments.backend or "inductor")
+            yield
+            self.model._compiled_call_impl = None
 
     def measure(self, batches: list[dict[str, Tensor]]) -> Row:
         """A row of the table."""
@@ -242,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help=f"folder of a causal language model, or {', '.join(GEOMETRIES)}")
     add("--layers", type=int, help="shorten a geometry")
     add("--sides", nargs="+", default=list(SIDES), choices=SIDES)
-    add("--modes", nargs="+", default=list(MODES), choices=MODES)
+    add("--modes", nargs="+", default=list(MODES[:3]), choices=MODES)
     add("--context", type=int, default=512, help="tokens a window (default: 512)")
     add("--rows", type=int, default=32, help="windows a step (default: 32)")
     add("--sparsity", type=float, default=0.7, help="that is held (default: 0.7)")
@@ -251,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=20, help="steps that are (default: 20)")
     add("--bf16", action="store_true", help="bfloat16 autocast")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--backend", default="inductor", help="of torch.compile (default: inductor)")
+    add("--backend", help="of torch.compile, in place of Inductor in the mode")
     add("--seed", type=int, default=0)
     add("--profile", type=Path, metavar="FILE", help="write where the time of one step goes, for every side and mode")
     add("--commit", help="what the results say they were made from (default: git's answer)")

@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from glue import GLUE, GlueTask
-from task_options import add_options, dispatch, options_of
-from task_report import write_report
-from task_runs import run_all
-from task_store import Store
 
+sys.path.append(str(Path(__file__).parents[1]))  # so that the packages beside this script are found
+from benchmarks.common.options import dispatch
+from benchmarks.common.store import Store
+from benchmarks.tasks.glue import GLUE, GlueTask
+from benchmarks.tasks.options import add_options, options_of
+from benchmarks.tasks.report import write_report
+from benchmarks.tasks.runs import run_all
 from torch_prunepath.errors import UserError
 
 METRICS = ("accuracy", "f1")
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """``understanding.py report``."""
-    store = Store(arguments.output, create=False)
+    store = Store(arguments.output)
     results, text = write_report(store, store.all(), METRICS, PERCENT)
     print(json.dumps(results) if arguments.json else text)
 

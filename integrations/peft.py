@@ -31,9 +31,8 @@ from torch_prunepath.integrations.peft_state import (
 )
 from torch_prunepath.manifest import Manifest, attach, describe
 from torch_prunepath.train.config import TrainConfig
-from torch_prunepath.train.losses import contribution_fit
 from torch_prunepath.train.tape import RoutingTape
-from torch_prunepath.train.terms import targets_of
+from torch_prunepath.train.terms import Targets
 
 __all__ = ["PrunePathConfig", "PrunePathModel"]
 
@@ -135,13 +134,14 @@ class PrunePathModel(BaseTuner):
             return self.model(*args, **kwargs)
         self._step += 1
         fit = TrainConfig(steps=1, task=0.0, contribution_fit=1.0)
-        tape = RoutingTape(self.model, inputs=False, inside=targets_of(fit, f"peft {self._step}"))
+        device = next(self.model.parameters()).device
+        tape = RoutingTape(self.model, inputs=False, inside=Targets(fit, f"peft {self._step}", device))
         with tape:
             output = self.model(*args, **kwargs)
         loss = getattr(output, "loss", None)
         if loss is not None:
             tape.check(gradient=True)
-            terms = [contribution_fit(*call.inside.fit).to(loss.device) for call in tape.calls]
+            terms = [call.inside.terms["contribution_fit"].to(loss.device) for call in tape.calls]
             output["loss"] = loss + weight * torch.stack(terms).mean()
         return output
 

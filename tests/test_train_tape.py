@@ -12,8 +12,8 @@ from torch import nn
 from torch_prunepath import SparsifyConfig, record_sparsity, set_tau, sparse_layers, sparsify
 from torch_prunepath.sparsify import sparse_views
 from torch_prunepath.train import RoutingTape, TrainConfig, losses
-from torch_prunepath.train.targets import dense_output, expert_shares, fit_sample, sample_tokens
-from torch_prunepath.train.terms import batch_terms, targets_of
+from torch_prunepath.train.targets import dense_output, expert_shares, fit_sample, sample_start, sample_tokens
+from torch_prunepath.train.terms import Targets, batch_terms
 
 CONFIG = SparsifyConfig(expert_size=4, partition="random", router="centroid", budget="uniform")
 TERMS = TrainConfig(
@@ -73,7 +73,7 @@ def test_reopening_starts_anew_and_leaves_no_hook(model: nn.Module) -> None:
 def terms_of(model: nn.Module, teacher: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, float]:
     batch = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
-    tape = RoutingTape(model, inputs=False, outputs=True, inside=targets_of(TERMS, "seed"))
+    tape = RoutingTape(model, inputs=False, outputs=True, inside=Targets(TERMS, "seed", torch.device("cpu")))
     with tape:
         output = model(**batch, labels=labels)
     with torch.no_grad():
@@ -191,12 +191,11 @@ def test_the_fit_reaches_routers_only_unless_asked(model: nn.Module) -> None:
 
 
 def test_sampled_tokens() -> None:
-    device = torch.device("cpu")
-    some, again, other = (sample_tokens(100, 10, seed, device) for seed in ("a", "a", "b"))
+    some, again, other = (sample_tokens(torch.zeros(100, 3), 10, sample_start(seed)) for seed in ("a", "a", "b"))
     assert some is not None and again is not None and other is not None
     assert torch.equal(some, again) and not torch.equal(some, other)
     assert len(set(some.tolist())) == 10 and max(some.tolist()) < 100
-    assert sample_tokens(10, 10, "a", device) is None
+    assert sample_tokens(torch.zeros(10, 3), 10, sample_start("a")) is None
 
 
 def test_layers_that_are_called_twice_are_recorded_twice() -> None:

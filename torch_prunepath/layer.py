@@ -12,7 +12,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,15 @@ class Routing:
 RoutingHook = Callable[[Routing], Tensor | None]
 
 
+class Recorder(Protocol):
+    """Watches a layer like a routing hook, but changes nothing; torch.compile traces it with the layer."""
+
+    def note(
+        self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
+    ) -> None:
+        """A selection was made."""
+
+
 class Swapped(nn.Module):
     """A module whose class was swapped for one made at run time; pickle and deepcopy rebuild the class."""
 
@@ -80,6 +89,7 @@ class RoutedExperts(Swapped):
     permutation: Tensor
     budget: float
     routing_hooks: OrderedDict[int, RoutingHook]
+    recorders: tuple[Recorder, ...] = ()
 
     @property
     def name(self) -> str:
@@ -99,6 +109,8 @@ class RoutedExperts(Swapped):
             replaced = hook(Routing(self.name, x_TD, scores_TE, mask_TE, shape))
             if replaced is not None:
                 mask_TE = _checked_mask(self.name, replaced, mask_TE)
+        for recorder in self.recorders:
+            recorder.note(self, x_TD, scores_TE, mask_TE, shape)
         if self.experts.gate == "one":
             return mask_TE, None
         return mask_TE, torch.sigmoid(scores_TE + self.experts.gate_offset)
@@ -106,6 +118,7 @@ class RoutedExperts(Swapped):
     def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
         """Call ``hook(routing)`` after every selection; a bool ``[T, E]`` that it returns replaces the mask."""
         handle = RemovableHandle(self.routing_hooks)
+        handle.id = max(self.routing_hooks, default=-1) + 1  # alike in all layers, for torch.compile
         self.routing_hooks[handle.id] = hook
         return handle
 
@@ -162,6 +175,7 @@ class SparseFFN(RoutedExperts):
         return (
             not torch.is_grad_enabled()
             and not self.training
+            and not self.recorders
             and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
             and not _watched(self.router)
@@ -396,7 +410,8 @@ def make_routed(
 
 
 _ROUTED_STATE = (
-    "router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "projection_types", "handoff"
+    "router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "recorders", "projection_types",
+    "handoff",
 )  # fmt: skip
 _DOWN_STATE = ("handoff", "expert_size")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.adaptation.compiling import compiled
-from benchmarks.adaptation.material import Material, digest, spread
+from benchmarks.adaptation.material import Material, spread
 from benchmarks.adaptation.measure import Constant, Knob, Unreachable, perplexity_row
+from benchmarks.common.store import digest
 from torch_prunepath.sparsity import set_tau
 from torch_prunepath.train import TrainConfig, train
 from torch_prunepath.train.loop import steps_of
@@ -119,8 +119,11 @@ class Job:
         common = {"lr": self.run.lr, "seed": self.run.seed, "accumulation": settings.budget.accumulation}
         return dataclasses.replace(base, **common, autocast=settings.bf16)
 
-    def train(self, model: Any, config: TrainConfig, how: Callable[..., Any] = train) -> None:
-        """One stage of training, with ``how(model, batches, config, ...)``, after those before it."""
+    def train(self, model: Any, config: TrainConfig, how: Callable[..., Any] = train, *, hooks: bool = False) -> None:
+        """One stage of training, with ``how(model, batches, config, ...)``, after those before it.
+
+        What works by hooks, as ``hooks`` or routing hooks say, is not compiled.
+        """
         settings = self.material.settings
         teacher = {"teacher": self.material.teacher} if config.distill_logits else {}
         batches = self.material.batches(self.run.seed)
@@ -139,12 +142,9 @@ class Job:
                 raise _OutOfTime
 
         with contextlib.ExitStack() as stack:
-            if settings.compile:
-                stack.enter_context(compiled(model))
-                for dense in teacher.values():
-                    stack.enter_context(compiled(dense, whole=True))
             stack.enter_context(contextlib.suppress(_OutOfTime))
-            how(model, feed, config, callback=note, **teacher)
+            compiles = bool(settings.compile) and not hooks and not _hooked(model)
+            how(model, feed, config, callback=note, compile=compiles and settings.compile, **teacher)
         if settings.device.startswith("cuda"):
             torch.cuda.synchronize()
         self.train_seconds += time.perf_counter() - start
@@ -187,6 +187,10 @@ class Job:
                 found = perplexity_row(model, knob, window_NC, settings.eval_rows)
                 rows.append({"text": text, "asked": share, "tau": tau_found, **found})
         return rows
+
+
+def _hooked(model: Any) -> bool:
+    return any(getattr(module, "routing_hooks", None) for module in model.modules())
 
 
 class _From:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import fcntl
 import functools
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.adaptation.options import VALID, Settings
+from benchmarks.common.store import Store, digest
 from benchmarks.quality import read_text
 from torch_prunepath.errors import UserError
 from torch_prunepath.models import load_model, longest_context
-from torch_prunepath.output import writing
 from torch_prunepath.train.material import Batches
 
 CHUNK = 1 << 16
 """Characters that are tokenised together, about: chunks are tokenised side by side."""
-
-
-def digest(value: Any) -> str:
-    """Ten hex digits that differ where the JSON does."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock that ends with the process; without ``wait``, yields whether it is held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file that is there complete, or not at all.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        try:
-            write(Path(name))
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-
-
-class Cache:
-    """What was made once, in a folder; processes that share it wait for each other."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def get(self, name: str, key: Any, make: Callable[[], Any]) -> tuple[Any, bool]:
-        """What ``make`` returns, from the folder if it was made before with this key; and whether it was."""
-        path = self.folder / f"{name}-{digest(key)}.pt"
-        with locked(path.with_suffix(".lock"), wait=True):
-            if path.exists():
-                return torch.load(path, map_location="cpu", weights_only=False), True
-            made = make()
-            write_whole(path, lambda to: torch.save(made, to))
-        return made, False
 
 
 class Material:
@@ -91,7 +34,8 @@ class Material:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.cache = settings, Cache(settings.output / "cache")
+        self.settings, self.store = settings, Store(settings.output)
+        self.cache = self.store.cache
         self._dense, self.tokenizer = self._load()
         budget, context = settings.budget, settings.budget.context
         if context > longest_context(self._dense):

@@ -210,7 +210,8 @@ def _d2dmoe(job: Job, rule: Any) -> Adapted:
     before = round(share * job.steps)
     model = job.material.dense()
     if before:
-        job.train(model, _plain(job, before), functools.partial(enforce_sparsity, weight=settings.get("hoyer", 1e-3)))
+        sparser = functools.partial(enforce_sparsity, weight=settings.get("hoyer", 1e-3))
+        job.train(model, _plain(job, before), sparser, hooks=True)
     lr = {"lr": settings["router_fit_lr"]} if "router_fit_lr" in settings else {}
     how = {**job.run.pick(["expert_size", "width", "epochs"]), **lr, "seed": job.run.seed}
     tokens = job.material.settings.calibration_tokens

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import ast
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.common.options import check_device, check_positive, check_shares
 from torch_prunepath.errors import UserError
 
 DATA_FILES = {"train": "books_train.txt.xz", "books": "books_test.txt.xz", "wikitext2": "wikitext2_test.raw.txt.gz"}
@@ -34,9 +37,7 @@ class Budget:
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
+        check_positive(dataclasses.asdict(self))
         if self.context < 2:
             raise UserError("--context 1 leaves nothing to predict: give at least 2")
         if self.batch_tokens % (self.context * self.accumulation):
@@ -71,15 +72,15 @@ class Settings:
         sparsities: that perplexity is measured at.
         device: where to run.
         bf16: train in bfloat16 autocast; perplexity is measured in float32.
-        compile: compile what lies outside the FFNs; the same for every method.
         windows: of each text that perplexity is measured on, at most.
         search_windows: of these, on which tau is searched.
         eval_rows: windows that go through the model at once.
         calibration_tokens: that experts, routers and scores are made from.
-        seconds: of training a run, at most; a run that is cut short says so.
-        session_seconds: no run starts later than this after the command.
         commit: what results say they were made from.
         command_line: for the record.
+        compile: train compiled; the same for every method.
+        seconds: of training a run, at most; a run that is cut short says so.
+        session_seconds: no run starts later than this after the command.
     """
 
     model: str
@@ -90,29 +91,75 @@ class Settings:
     sparsities: tuple[float, ...]
     device: str
     bf16: bool
-    compile: bool
     windows: int
     search_windows: int
     eval_rows: int
     calibration_tokens: int
-    seconds: float | None
-    session_seconds: float | None
     commit: str | None
     command_line: str
+    compile: str | None = False
+    seconds: float | None = None
+    session_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for share in self.sparsities:
-            if not 0.0 < share < 1.0:
-                raise UserError(f"--sparsity {share} is outside (0, 1): 0.8 leaves a fifth of the neurons")
-        for name in ("windows", "search_windows", "eval_rows", "calibration_tokens", "seconds", "session_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
+        check_shares(self.sparsities)
+        names = ("windows", "search_windows", "eval_rows", "calibration_tokens", "seconds", "session_seconds")
+        check_positive({name: getattr(self, name) for name in names})
         for path in (self.train_text, *self.test_texts.values()):
             if not path.is_file():
                 raise UserError(f"there is no text {path}: give --data, or --text-train and --text-test NAME=FILE")
         if VALID in self.test_texts:
             raise UserError(f"--text-test {VALID}=... is taken by the end of the training text: choose another name")
+
+
+def add_material(command: argparse.ArgumentParser) -> None:
+    """The options that say what to train and measure, on what, and where the results go."""
+    add = command.add_argument
+    add("--model", required=True, help="folder, GGUF file or hub name of a dense causal language model")
+    add("-o", "--output", type=Path, required=True, help="folder of results; may hold earlier ones")
+    add("--data", type=Path, help="folder with books_train.txt.xz, books_test.txt.xz and wikitext2_test.raw.txt.gz")
+    add("--text-train", type=Path, metavar="FILE", help="text to train on (plain, .gz or .xz)")
+    add("--text-test", action="append", metavar="NAME=FILE", help="text to measure on; may be given several times")
+    add("--context", type=int, default=512, help="tokens a window (default: 512)")
+    add("--batch-tokens", type=int, default=16384, help="tokens a step (default: 16384)")
+    add("--accumulation", type=int, default=1, help="batches a step (default: 1)")
+    add("--windows", type=int, default=64, help="of each text to measure on, at most (default: 64)")
+    add("--search-windows", type=int, default=8, help="of these, to search tau on (default: 8)")
+    add("--eval-rows", type=int, default=8, help="windows measured at once (default: 8)")
+    add("--calibration-tokens", type=int, default=16384)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--bf16", action="store_true", help="train in bfloat16 autocast; perplexity is always measured in float32")
+    add("--commit", help="what results say they were made from (default: git's answer)")
+
+
+def settings_of(
+    arguments: argparse.Namespace, command_line: str, *, tokens: int, sparsities: Sequence[float], **only: Any
+) -> Settings:
+    """What the options of :func:`add_material` say.
+
+    Args:
+        arguments: parsed.
+        command_line: for the record.
+        tokens: of training a run.
+        sparsities: that perplexity is measured at.
+        **only: further fields of :class:`Settings`.
+
+    Raises:
+        UserError: if they are refused.
+    """
+    check_device(arguments.device)
+    train, tests = texts(arguments.data, arguments.text_train, arguments.text_test)
+    same = ("model", "output", "device", "bf16", "windows", "search_windows", "eval_rows", "calibration_tokens")
+    return Settings(
+        train_text=train,
+        test_texts=tests,
+        budget=Budget(tokens, arguments.context, arguments.batch_tokens, arguments.accumulation),
+        sparsities=tuple(sorted(set(sparsities))),
+        commit=arguments.commit,
+        command_line=command_line,
+        **{name: getattr(arguments, name) for name in same},
+        **only,
+    )
 
 
 def texts(data: Path | None, train: Path | None, tests: Sequence[str] | None) -> tuple[Path, dict[str, Path]]:
@@ -136,38 +183,3 @@ def _named(text: str) -> tuple[str, Path]:
     if not equals:
         raise UserError(f"--text-test {text} has no name: write --text-test NAME={text}")
     return name, Path(file)
-
-
-def changes(fields: Sequence[str], known: Mapping[str, frozenset[str]]) -> dict[str, dict[str, Any]]:
-    """``--set`` by method.
-
-    Args:
-        fields: ``FIELD=VALUE`` for every method, or ``METHOD:FIELD=VALUE``.
-        known: the fields of each method that was chosen.
-
-    Raises:
-        UserError: if a method has no such field.
-    """
-    found: dict[str, dict[str, Any]] = {method: {} for method in known}
-    for field in fields:
-        place, equals, value = field.partition("=")
-        if not equals:
-            raise UserError(f"--set {field} says no value: write --set {field}=VALUE")
-        chosen, colon, name = place.rpartition(":")
-        if colon and chosen not in known:
-            raise UserError(f"--set {field}: {chosen!r} is not among --methods {' '.join(known)}")
-        for method in [chosen] if colon else list(known):
-            if name not in known[method]:
-                raise UserError(
-                    f"--set {field}: {method} has no field {name!r}: choose from {', '.join(sorted(known[method]))}, "
-                    "or name the method that it is for, METHOD:FIELD=VALUE"
-                )
-            found[method][name] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -5,10 +5,8 @@ A method's learning rate is the one with the lowest perplexity on the held-out e
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,10 @@ from typing import Any
 
 from benchmarks.adaptation.methods import METHODS
 from benchmarks.adaptation.options import VALID
-from torch_prunepath.errors import UserError
-from torch_prunepath.output import writing
+from benchmarks.common.report import figure, markdown, origins, save, spread_of, write
+from benchmarks.common.store import Run as Result
+from benchmarks.common.store import Store
 
-TABLE, SUMMARY, PLOT = "report.md", "report.json", "report.png"
-Result = dict[str, Any]
 DENSE = "dense"
 
 
@@ -55,7 +52,7 @@ def report(folder: Path, *, as_json: bool) -> str:
     Raises:
         UserError: if there is no run in the folder, or it cannot be written.
     """
-    results = read(folder)
+    results = list(Store(folder).all().values())
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(_budget(result), []).append(result)
@@ -71,29 +68,10 @@ def report(folder: Path, *, as_json: bool) -> str:
         title: {label: {text: [vars(p) for p in points] for text, points in by.items()} for label, by in found.items()}
         for title, found in curves.items()
     }
-    summary = json.dumps(numbers, indent=1, allow_nan=False)
-    with writing(folder):
-        (folder / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (folder / SUMMARY).write_text(summary + "\n", encoding="utf-8")
+    text = "\n".join(lines)
+    summary = write(folder, text, numbers)
     _plot(curves, folder)
-    return summary if as_json else "\n".join(lines)
-
-
-def read(folder: Path) -> list[Result]:
-    """Every run's result, in the order of their names.
-
-    Raises:
-        UserError: if there is none, or one cannot be read.
-    """
-    results = []
-    for path in sorted((folder / "runs").glob("[!.]*.json")):
-        try:
-            results.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it, and run again") from error
-    if not results:
-        raise UserError(f"there is no result in {folder}: python -m benchmarks.adaptation run ... -o {folder}")
-    return results
+    return summary if as_json else text
 
 
 def _budget(result: Result) -> str:
@@ -167,27 +145,24 @@ def _point(results: Iterable[Result], text: str, asked: float | None, lr: float)
         cut |= result["training"]["cut"]
     if asked is None or not rows:
         return None
-    values = [row["perplexity"] for row in rows]
+    over = spread_of([row["perplexity"] for row in rows])
     realised = statistics.mean(row["sparsity"] for row in rows)
-    return Point(asked, realised, statistics.mean(values), min(values), max(values), len(values), lr, cut)
+    return Point(asked, realised, over.mean, over.least, over.most, len(rows), lr, cut)
 
 
 def table(curves: Curves, text: str) -> list[str]:
     """Markdown: a line a method, a column a sparsity."""
     shares = sorted({p.asked for by in curves.values() for p in by.get(text, []) if p.asked})
     dense = next((by[text][0].perplexity for label, by in curves.items() if label == METHODS[DENSE].title), None)
-    lines = [
-        "| method | lr | " + " | ".join(f"{share:.0%}" for share in shares) + " |",
-        "|---" * (2 + len(shares)) + "|",
-    ]
+    rows = []
     for label, by in curves.items():
         points = {point.asked: point for point in by.get(text, [])}
         rates = ", ".join(sorted({f"{point.lr:g}" for point in points.values()}))
         cells = [_cell(points[share], dense) if share in points else "" for share in shares]
         if set(points) == {0.0}:
             cells = [_cell(points[0.0], None), *cells[1:]]
-        lines.append(f"| {label} | {rates} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([label, rates, *cells])
+    return markdown(["method", "lr", *(f"{share:.0%}" for share in shares)], rows)
 
 
 def _own_settings(group: Sequence[Result], text: str) -> list[str]:
@@ -216,11 +191,9 @@ def _cell(point: Point, dense: float | None) -> str:
 
 def _about(group: Sequence[Result]) -> list[str]:
     """Where the numbers come from."""
-    machines = sorted({r["hardware"].get("gpu") or r["hardware"]["cpu"] for r in group})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in group})
-    commits = sorted({str(r["commit"]) for r in group})
     lines = [
-        f"{', '.join(machines)}; {'; '.join(versions)}; commit {', '.join(commits)}.",
+        *(f"- {key}: {'; '.join(texts)}" for key, texts in origins(group).items()),
+        "",
         "Means over seeds, in square brackets the least and largest, in round ones relative to the fine-tuned dense",
         "model. The realised share is named where it is not the one asked for; TEAL's counts matrix inputs.",
         f"The learning rate is the best on {VALID!r}, the end of the training text, which no run trains on.",
@@ -231,7 +204,7 @@ def _about(group: Sequence[Result]) -> list[str]:
 
 
 def _runs(group: Sequence[Result]) -> list[str]:
-    lines = ["| run | tokens | tokens/s | training | conversion and all else | evaluation | |", "|---" * 7 + "|"]
+    rows = []
     for result in group:
         run, training = result["run"], result["training"]
         share = "" if run["sparsity"] is None else f" {run['sparsity']:.0%}"
@@ -243,26 +216,22 @@ def _runs(group: Sequence[Result]) -> list[str]:
             f"{training['seconds']:.1f} s",
         ]
         cells += [f"{rest:.1f} s", f"{result['evaluation_seconds']:.1f} s", result["failed"] or ""]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([name, *cells])
+    head = ["run", "tokens", "tokens/s", "training", "conversion and all else", "evaluation", ""]
+    return markdown(head, rows)
 
 
 def _plot(curves: Mapping[str, Curves], folder: Path) -> None:
-    """A panel for each budget and text; a line that says how to get it, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'torch-prunepath[plot]')", file=sys.stderr)
-        return
+    """A panel for each budget and text."""
     panels = [
         (found, text) for found in curves.values() for text in dict.fromkeys(t for by in found.values() for t in by)
     ]
-    if not panels:
+    drawn = figure(figsize=(5 * len(panels) + 3.5, 4.5)) if panels else None
+    if drawn is None:
         return
     labels = list(dict.fromkeys(label for found in curves.values() for label in found))
-    figure = Figure(figsize=(5 * len(panels) + 3.5, 4.5), layout="constrained")
     shown: dict[str, Any] = {}
-    for axes, (found, text) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (found, text) in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, by in found.items():
             style = {
                 "color": f"C{labels.index(label) % 10}",
@@ -270,9 +239,8 @@ def _plot(curves: Mapping[str, Curves], folder: Path) -> None:
             }
             shown.setdefault(label, _line(axes, label, by.get(text, []), style))
         axes.set(title=text, xlabel="inactive share of FFN neurons (%)", ylabel="perplexity", yscale="log")
-    figure.legend(handles=list(shown.values()), loc="outside right upper", fontsize="small")
-    with writing(folder):
-        figure.savefig(folder / PLOT, dpi=150)
+    drawn.legend(handles=list(shown.values()), loc="outside right upper", fontsize="small")
+    save(drawn, folder)
 
 
 def _line(axes: Any, label: str, points: Sequence[Point], style: Mapping[str, Any]) -> Any:

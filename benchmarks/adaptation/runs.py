@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.adaptation.job import Job, Run, describe, name_of
-from benchmarks.adaptation.material import Material, locked, write_whole
+from benchmarks.adaptation.material import Material
 from benchmarks.adaptation.methods import METHODS, check
 from benchmarks.adaptation.options import Settings
-from torch_prunepath import report
-from torch_prunepath.bench.results import commit
+from benchmarks.common.report import origin
 from torch_prunepath.errors import as_user_error
 
 
@@ -57,23 +54,15 @@ def work(settings: Settings, runs: Sequence[Run]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"done": [], "before": [], "elsewhere": [], "left": []}
     for number, run in enumerate(runs, 1):
         name = name_of(run, material)
-        path = settings.output / "runs" / f"{name}.json"
         late = settings.session_seconds is not None and time.monotonic() - start > settings.session_seconds
-        with locked(settings.output / "cache" / f"{name}.lock", wait=False) as mine:
-            kind = "before" if path.exists() else "elsewhere" if not mine else "left" if late else "done"
+        with material.store.claim(name) as mine:
+            kind = "before" if material.store.has(name) else "elsewhere" if not mine else "left" if late else "done"
             if kind == "done":
                 print(f"[{number}/{len(runs)}] {name}", file=sys.stderr, flush=True)
-                save(path, result(run, material))
+                material.store.write(name, result(run, material))
                 _free(settings.device)
         found[kind].append(name)
     return found
-
-
-def save(path: Path, results: Mapping[str, Any]) -> None:
-    """One run's file."""
-    text = json.dumps(results, allow_nan=False) + "\n"
-    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
-    path.chmod(0o644)  # temporary files are closed to others
 
 
 def result(run: Run, material: Material) -> dict[str, Any]:
@@ -93,9 +82,7 @@ def result(run: Run, material: Material) -> dict[str, Any]:
     total = time.perf_counter() - begin
     return {
         "run": describe(run, material),
-        "command_line": settings.command_line,
-        **report.machine(),
-        "commit": settings.commit or commit(),
+        **origin(settings.command_line, settings.commit),
         "device": settings.device,
         "stages": job.configs,
         "training": job.training(),

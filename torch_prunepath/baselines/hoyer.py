@@ -68,6 +68,8 @@ def enforce_sparsity(
         check_choice("on", on, Target)
     if not weight >= 0:
         raise ValueError(f"weight={weight} must not be negative: 0 turns the penalty off")
+    if options.get("compile"):
+        raise ValueError("the penalty is added by hooks, which compiled blocks do not call: leave compile off")
     views = [FFNView(model, spec) for spec in find_ffns(model)]
     penalty = _Penalty(len(views), weight / config.accumulation, on, displacement)
     with penalty.watching(model, views):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch_prunepath.train import losses, recipes
+from torch_prunepath.train.compiling import compiled_blocks
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.controller import SparsityController
 from torch_prunepath.train.loop import train
@@ -32,6 +33,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "all_experts",
+    "compiled_blocks",
     "contiguous",
     "draw",
     "fixed_tau",

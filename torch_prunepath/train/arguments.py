@@ -96,6 +96,8 @@ def refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
     if args.label_smoothing_factor:
         raise ValueError("PrunePathTrainer does not smooth labels: leave label_smoothing_factor at 0")
     if args.torch_compile:
-        raise ValueError("routers are watched with hooks, which compiled code does not call: leave torch_compile off")
+        raise ValueError(
+            "torch_compile compiles the model as a whole: pass compile=True to PrunePathTrainer in its place"
+        )
     if args.n_gpu > 1:
         raise ValueError("DataParallel copies the model for each batch: run one process a GPU, with torchrun")

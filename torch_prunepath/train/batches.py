@@ -44,8 +44,16 @@ def with_labels(batch: Any, causal: bool) -> Inputs:
 
 
 def on_device(batch: Inputs, device: torch.device) -> Inputs:
-    """The batch's tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch's tensors on the device; the copy to CUDA waits for nothing that is queued there."""
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
+
+    return {key: moved(value) for key, value in batch.items()}
 
 
 def count_labels(batch: Inputs, causal: bool) -> Tensor:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from torch_prunepath.data import evaluation_mode
 from torch_prunepath.sparsity import set_tau
 from torch_prunepath.train.batches import endless, take
+from torch_prunepath.train.compiling import check_compilable, compiled_blocks
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.objective import Objective, others_frozen
 from torch_prunepath.train.optimizer import lr_factor
@@ -30,6 +31,7 @@ def train(
     *,
     teacher: nn.Module | None = None,
     state: TrainState | None = None,
+    compile: bool | str = False,
     progress: bool = True,
     callback: Callback | None = None,
 ) -> list[Record]:
@@ -44,6 +46,8 @@ def train(
         config: see :class:`TrainConfig` and :mod:`torch_prunepath.train.recipes`.
         teacher: the dense model, for ``config.distill_logits``.
         state: a run to go on with, ``TrainState(model, config)`` after ``load_state_dict``; None starts one.
+        compile: run the model's blocks (and the teacher's) through ``torch.compile``, in the mode or with the backend
+            of this name; see :func:`torch_prunepath.train.compiled_blocks`. Batches should have one shape.
         progress: show a progress bar with loss, realised sparsity and tau.
         callback: called as ``callback(state, record)`` for each step; a true answer ends the run. So that the device
             never waits, the record is that of the step before the last that ``state`` has done; where the
@@ -57,7 +61,7 @@ def train(
         ValueError: if model, batches, teacher and config do not fit together.
         FloatingPointError: if the loss is not finite.
     """
-    run = _Run(model, config, teacher, state, steps_of(config, batches))
+    run = _Run(model, config, teacher, state, steps_of(config, batches), compile)
     history: list[Record] = []
     with run.open(), tqdm(total=run.steps, initial=run.state.step, desc="training", disable=not progress) as bar:
 
@@ -96,11 +100,19 @@ class _Run:
     """One call of :func:`train`."""
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, teacher: nn.Module | None, state: TrainState | None, steps: int
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        teacher: nn.Module | None,
+        state: TrainState | None,
+        steps: int,
+        compile: bool | str = False,
     ) -> None:
         if state is not None and state.config != config:
             raise ValueError("the state is of another config: pass state.config, or start anew without state=")
-        self.model, self.config, self.teacher, self.steps = model, config, teacher, steps
+        if compile:
+            check_compilable(model, config)
+        self.model, self.config, self.teacher, self.steps, self.compile = model, config, teacher, steps, compile
         self.state = TrainState(model, config) if state is None else state
         self.objective = Objective(model, config, steps, teacher=teacher, progress=self.state)
 
@@ -114,6 +126,8 @@ class _Run:
                 stack.enter_context(evaluation_mode(self.teacher))
             stack.enter_context(self.state.own_random(objective.device))
             stack.enter_context(others_frozen(self.model, self.config))
+            for each in filter(None, (objective.inner, self.teacher)):
+                stack.enter_context(compiled_blocks(each, self.compile))
             self.model.train()
             try:
                 yield

@@ -28,7 +28,7 @@ from torch_prunepath.train.optimizer import trained
 from torch_prunepath.train.schedule import aim_at
 from torch_prunepath.train.state import Pending, Progress, Record
 from torch_prunepath.train.tape import RoutingTape
-from torch_prunepath.train.terms import batch_terms, check_model, targets_of
+from torch_prunepath.train.terms import Targets, batch_terms, check_model
 
 
 class Objective:
@@ -169,7 +169,7 @@ class Objective:
         config = self.config
         inputs = quiet(self.inner, batch if "task" in config.losses else self._without_loss(batch))
         teacher_logits = None
-        self.tape.inside = targets_of(config, seed)
+        self.tape.inside = Targets(config, seed, self.device)
         with torch.autocast(self.device.type, torch.bfloat16) if config.autocast else contextlib.nullcontext():
             if self.teacher is not None:
                 with torch.no_grad():

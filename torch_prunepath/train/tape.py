@@ -6,7 +6,7 @@ Shapes: T tokens, D hidden size, E experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_prunepath.calibrate import PaddingTracker, removing
 from torch_prunepath.ffn import FFNView
-from torch_prunepath.layer import RoutedExperts, Routing
+from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.sparsify import sparse_views
 from torch_prunepath.sparsity import sparse_layers
 
@@ -25,7 +25,6 @@ class RoutedCall:
     """One call of one sparse layer.
 
     Attributes:
-        name: qualified name of the sparse layer.
         layer: the layer.
         view: its FFN.
         scores_TE: float32 router scores, with their graph.
@@ -34,9 +33,10 @@ class RoutedCall:
         x_TD: the layer's input with its graph, if the tape keeps inputs.
         y_TD: the layer's output with its graph, if the tape keeps outputs.
         inside: what the tape's ``inside`` answered.
+        inactive: 0-d, summed over tokens that count, the share of the layer's neurons that are inactive.
+        name: qualified name of the sparse layer.
     """
 
-    name: str
     layer: RoutedExperts
     view: FFNView
     scores_TE: Tensor
@@ -45,6 +45,44 @@ class RoutedCall:
     x_TD: Tensor | None = None
     y_TD: Tensor | None = None
     inside: Any = None
+    inactive: Tensor | None = None
+    name: str = ""
+
+
+class LayerRecorder:
+    """What one sparse layer tells while it runs.
+
+    torch.compile traces it together with the layer, once for all layers that are alike: whatever differs from layer to
+    layer or from step to step must be a tensor, or must not be read here.
+    """
+
+    def __init__(
+        self, view: FFNView, inputs: bool, inside: Callable[[RoutedCall], Any] | None, tracker: PaddingTracker
+    ) -> None:
+        self.view, self.inputs, self.inside, self.tracker = view, inputs, inside, tracker
+        self.running = False
+        self.calls: list[RoutedCall] = []
+
+    def note(
+        self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
+    ) -> None:
+        """A selection was made."""
+        if not self.running:
+            return
+        keep_T = self.tracker.keep(shape)
+        weight_T = None if keep_T is None else keep_T.to(scores_TE.device, torch.float32)
+        call = RoutedCall(layer, self.view, scores_TE, mask_TE, weight_T, x_TD)
+        call.inactive = _inactive(call)
+        if self.inside is not None:
+            call.inside = self.inside(call)
+        if not self.inputs:
+            call.x_TD = None
+        self.calls.append(call)
+
+    def note_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """A forward hook: the layer, or the second half of one that is split, has an answer."""
+        if self.running:
+            self.calls[-1].y_TD = output.reshape(-1, output.shape[-1])
 
 
 class RoutingTape:
@@ -83,7 +121,7 @@ class RoutingTape:
         self.layers, self._views = sparse_layers(model), sparse_views(model)
         self._depth = 0
         self._stack = contextlib.ExitStack()
-        self._latest: dict[str, RoutedCall] = {}
+        self._recorders: dict[str, LayerRecorder] = {}
         self.calls: list[RoutedCall] = []
 
     def __enter__(self) -> RoutingTape:
@@ -93,53 +131,33 @@ class RoutingTape:
         enter(removing(self._model.register_forward_hook(self._end, always_call=True)))
         tracker = enter(PaddingTracker(self._model))
         for name, layer in self.layers.items():
-            enter(removing(layer.register_routing_hook(self._record(name, tracker))))
+            view = self._views[name]
+            self._recorders[name] = recorder = LayerRecorder(view, self._inputs, self.inside, tracker)
+            enter(recording(layer, recorder))
             if self._outputs:
-                last = self._views[name].down if layer.ffn.split else layer
-                enter(removing(last.register_forward_hook(self._record_output(name))))
+                last = view.down if layer.ffn.split else layer
+                enter(removing(last.register_forward_hook(recorder.note_output)))
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        self._latest.clear()
+        self._recorders.clear()
 
     def _start(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
+        for recorder in self._recorders.values():
+            recorder.running = True
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
-
-    def _record(self, name: str, tracker: PaddingTracker) -> Callable[[Routing], None]:
-        layer, view = self.layers[name], self._views[name]
-
-        def hook(routing: Routing) -> None:
-            if not self._depth:
-                return
-            keep_T = tracker.keep(routing.shape)
-            call = RoutedCall(
-                name,
-                layer,
-                view,
-                routing.scores_TE,
-                routing.mask_TE,
-                None if keep_T is None else keep_T.to(routing.scores_TE.device, torch.float32),
-                routing.x_TD,
-            )
-            if self.inside is not None:
-                call.inside = self.inside(call)
-            if not self._inputs:
-                call.x_TD = None
-            self._latest[name] = call
-            self.calls.append(call)
-
-        return hook
-
-    def _record_output(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if self._depth:
-                self._latest[name].y_TD = output.reshape(-1, output.shape[-1])
-
-        return hook
+        if self._depth:
+            return
+        for name, recorder in self._recorders.items():
+            recorder.running = False
+            for call in recorder.calls:
+                call.name = name
+            self.calls += recorder.calls
+            recorder.calls = []
 
     def check(self, gradient: bool) -> None:
         """Refuse an empty tape, and with ``gradient`` one whose scores have lost the graph to trainable routers.
@@ -165,20 +183,36 @@ class RoutingTape:
         The same number as :func:`torch_prunepath.record_sparsity` finds; this one does not wait for the device.
         """
         self.check(gradient=False)
-        inactive: dict[str, Tensor] = {}
-        tokens: dict[str, Tensor] = {}
+        inactive: dict[str, Any] = {}
+        tokens: dict[str, Any] = {}
         for call in self.calls:
-            inactive_T = _inactive_share(call)
-            weight_T = torch.ones_like(inactive_T) if call.weight_T is None else call.weight_T
-            inactive[call.name] = inactive.get(call.name, 0) + inactive_T @ weight_T
-            tokens[call.name] = tokens.get(call.name, 0) + weight_T.sum()
+            weight = float(call.mask_TE.shape[0]) if call.weight_T is None else call.weight_T.sum()
+            inactive[call.name] = inactive.get(call.name, 0) + call.inactive
+            tokens[call.name] = tokens.get(call.name, 0) + weight
         device = self.calls[0].scores_TE.device
-        return torch.stack([(inactive[name] / tokens[name].clamp_min(1)).to(device) for name in inactive]).mean()
+        shares = [inactive[name] / _at_least_one(tokens[name]) for name in inactive]
+        return torch.stack([share.to(device) for share in shares]).mean()
 
 
-def _inactive_share(call: RoutedCall) -> Tensor:
-    """Share of a layer's neurons that are inactive, float32 ``[T]``; the last expert may be smaller."""
+def _at_least_one(tokens: Any) -> Any:
+    return tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
+
+
+@contextlib.contextmanager
+def recording(layer: RoutedExperts, recorder: LayerRecorder) -> Iterator[None]:
+    """Inside the context the layer tells the recorder what it does."""
+    layer.recorders = (*layer.recorders, recorder)
+    try:
+        yield
+    finally:
+        layer.recorders = tuple(each for each in layer.recorders if each is not recorder)
+
+
+@torch.no_grad()
+def _inactive(call: RoutedCall) -> Tensor:
+    """See :attr:`RoutedCall.inactive`; the last expert may be smaller."""
     size, neurons = call.layer.experts.expert_size, call.layer.ffn.ffn_size
     missing = call.layer.num_experts * size - neurons
     active_T = call.mask_TE.sum(-1) * size - call.mask_TE[:, -1] * missing
-    return 1 - active_T.float() / neurons
+    inactive_T = 1 - active_T.float() / neurons
+    return inactive_T.sum() if call.weight_T is None else (inactive_T * call.weight_T).sum()

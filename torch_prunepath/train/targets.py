@@ -30,28 +30,40 @@ def expert_shares(view: FFNView, x_ND: Tensor, expert_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def dense_output(view: FFNView, x_ND: Tensor) -> Tensor:
+def dense_output(view: FFNView, x_ND: Tensor | None) -> Tensor:
     """What the FFN answers with every expert active and all gates 1, dropouts left out: ``[N, D] -> [N, D]``."""
+    assert x_ND is not None, "the call has no input"
     h_NF = view.hidden(x_ND)
     bias_D = view.down_bias_D
     return nnf.linear(h_NF, view.down_FD.t().to(h_NF.dtype), None if bias_D is None else bias_D.to(h_NF.dtype))
 
 
-def sample_tokens(total: int, tokens: int, seed: str, device: torch.device) -> Tensor | None:
-    """Places of ``tokens`` tokens out of ``total``, without replacement, the same for the same seed; None for all."""
+def sample_start(seed: str) -> Tensor:
+    """Where :func:`sample_tokens` begins, 0-d int64, the same for the same seed."""
+    return torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed_of(seed)))
+
+
+def sample_tokens(scores_TE: Tensor, tokens: int, start: Tensor) -> Tensor | None:
+    """Places of ``tokens`` of a call's tokens, evenly spaced from ``start`` on, around the end; None for all."""
+    total = scores_TE.shape[0]
     if tokens >= total:
         return None
-    generator = torch.Generator().manual_seed(seed_of(seed))
-    return torch.randperm(total, generator=generator)[:tokens].to(device, non_blocking=True)
+    places_N = torch.arange(tokens, device=scores_TE.device) * total // tokens
+    return (places_N + start.to(places_N.device)) % total
 
 
-@contextlib.contextmanager
-def beside_the_layer(device: torch.device) -> Iterator[None]:
+def beside_the_layer(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """What is computed inside a layer's forward without being a part of it.
 
     Gradient checkpointing would miss tensors saved here when it runs the layer again without this: they bypass it.
     And a weight that autocast casts here, without gradient, must not be what the layer itself finds in the cache.
+    torch.compile needs neither: it has no such cache, and what it saves is a matter between it and its backward pass.
     """
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _beside(device)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
     kind = device.type
     with (
         torch.autograd.graph.saved_tensors_hooks(_same, _same),

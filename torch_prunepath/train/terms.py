@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +10,11 @@ from torch import Tensor, nn
 
 from torch_prunepath.data import Inputs
 from torch_prunepath.train import losses
-from torch_prunepath.train.batches import logit_weights
+from torch_prunepath.train.batches import logit_weights, on_device
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.shard import check_sharded
 from torch_prunepath.train.tape import RoutedCall, RoutingTape
-from torch_prunepath.train.targets import beside_the_layer, dense_output, fit_sample, sample_tokens
+from torch_prunepath.train.targets import beside_the_layer, dense_output, fit_sample, sample_start, sample_tokens
 
 
 def check_model(model: nn.Module, tape: RoutingTape, config: TrainConfig, teacher: nn.Module | None) -> None:
@@ -44,40 +42,51 @@ class Inside:
     """What is computed while a layer runs, when its weights are whole (FSDP2 shards them again afterwards).
 
     Attributes:
-        fit: scores, shares and weights of sampled tokens; see :func:`torch_prunepath.train.targets.fit_sample`.
+        terms: the losses of this call by name, 0-d float32.
         dense_TD: the layer's output with every expert active.
     """
 
-    fit: tuple[Tensor, Tensor, Tensor | None] | None = None
+    terms: dict[str, Tensor]
     dense_TD: Tensor | None = None
 
 
-def targets_of(config: TrainConfig, seed: str) -> Callable[[RoutedCall], Inside] | None:
-    """What the tape of a forward pass computes inside each layer, for :func:`batch_terms`; None for nothing.
+class Targets:
+    """What the tape of a forward pass computes inside each layer, for :func:`batch_terms`; traced by torch.compile.
 
     Args:
         config: says which terms are on.
         seed: of sampled tokens.
+        device: of the model's input.
     """
-    if not (config.contribution_fit or config.distill_ffn):
-        return None
 
-    @functools.cache
-    def sample_of(total: int, device: torch.device) -> Tensor | None:
-        return sample_tokens(total, config.fit_tokens, seed, device)
+    def __init__(self, config: TrainConfig, seed: str, device: torch.device) -> None:
+        self.config = config
+        self.start = on_device({"start": sample_start(seed)}, device)["start"]
 
-    def inside(call: RoutedCall) -> Inside:
-        assert call.x_TD is not None
-        found, scores_TE = Inside(), call.scores_TE
-        with beside_the_layer(scores_TE.device):
+    def __call__(self, call: RoutedCall) -> Inside:
+        """See :class:`torch_prunepath.train.RoutingTape`."""
+        config, device = self.config, call.scores_TE.device
+        with beside_the_layer(device):
+            dense_TD = dense_output(call.view, call.x_TD) if config.distill_ffn else None
+            fit = None
             if config.contribution_fit:
-                some_N = sample_of(scores_TE.shape[0], scores_TE.device)
-                found.fit = fit_sample(call, some_N, config.fit_detached)
-            if config.distill_ffn:
-                found.dense_TD = dense_output(call.view, call.x_TD)
-        return found
+                some_N = sample_tokens(call.scores_TE, config.fit_tokens, self.start)
+                fit = fit_sample(call, some_N, config.fit_detached)
+            with torch.autocast(device.type, enabled=False):
+                return Inside(self._terms(call, fit), dense_TD)
 
-    return inside
+    def _terms(self, call: RoutedCall, fit: tuple[Tensor, Tensor, Tensor | None] | None) -> dict[str, Tensor]:
+        config, terms = self.config, {}
+        scores = call.scores_TE, call.weight_T
+        if config.entropy:
+            terms["entropy"] = losses.entropy(*scores)
+        if config.load_balance:
+            terms["load_balance"] = losses.load_balance(*scores)
+        if config.lte_separation:
+            terms["lte_separation"] = losses.lte_separation(*scores, eta=config.separation_eta)
+        if fit is not None:
+            terms["contribution_fit"] = losses.contribution_fit(*fit)
+        return terms
 
 
 def batch_terms(
@@ -87,18 +96,11 @@ def batch_terms(
 
     Args:
         config: says which.
-        tape: of the forward pass that gave ``output``, with :func:`targets_of` inside.
+        tape: of the forward pass that gave ``output``, with :class:`Targets` inside.
         output: the model's output, with ``loss`` and ``logits`` as far as they are needed.
         batch: the model's inputs.
         teacher_logits: the teacher's on the same batch; needed for ``distill_logits``.
     """
-    per_call: dict[str, Callable[[RoutedCall], Tensor]] = {
-        "entropy": lambda call: losses.entropy(call.scores_TE, call.weight_T),
-        "load_balance": lambda call: losses.load_balance(call.scores_TE, call.weight_T),
-        "lte_separation": lambda call: losses.lte_separation(call.scores_TE, call.weight_T, eta=config.separation_eta),
-        "contribution_fit": lambda call: losses.contribution_fit(*call.inside.fit),
-        "distill_ffn": lambda call: losses.distill_ffn(call.y_TD, call.inside.dense_TD, call.weight_T),  # type: ignore[arg-type]
-    }
     terms: dict[str, Tensor] = {}
     for name in config.losses:
         if name == "task":
@@ -108,8 +110,15 @@ def batch_terms(
             terms[name] = _distill_logits(output.logits, teacher_logits, batch, config.temperature)
         else:
             device = tape.calls[0].scores_TE.device
-            terms[name] = torch.stack([per_call[name](call).to(device) for call in tape.calls]).mean()
+            terms[name] = torch.stack([_of_call(name, call).to(device) for call in tape.calls]).mean()
     return terms
+
+
+def _of_call(name: str, call: RoutedCall) -> Tensor:
+    if name == "distill_ffn":
+        assert call.y_TD is not None
+        return losses.distill_ffn(call.y_TD, call.inside.dense_TD, call.weight_T)
+    return call.inside.terms[name]  # type: ignore[no-any-return]
 
 
 def _task(output: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch_prunepath.data import evaluation_mode
 from torch_prunepath.sparsity import record_sparsity, set_tau, sparse_layers
 from torch_prunepath.train.arguments import as_said, refuse, trainer_arguments
 from torch_prunepath.train.batches import is_causal, with_labels
+from torch_prunepath.train.compiling import check_compilable, compiled_blocks
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.objective import Objective, mean_over_processes, others_frozen
 from torch_prunepath.train.optimizer import build_optimizer
@@ -58,6 +59,8 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         args: see above.
         config: see above.
         teacher: the dense model, for ``config.distill_logits``.
+        compile: train the model's blocks (and the teacher's) compiled, in the mode or with the backend of this name;
+            see :func:`torch_prunepath.train.compiled_blocks`.
         **kwargs: of ``Trainer``; no ``model_init`` and no ``compute_loss_func``.
 
     Raises:
@@ -71,12 +74,15 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         *,
         config: TrainConfig,
         teacher: nn.Module | None = None,
+        compile: bool | str = False,
         **kwargs: Any,
     ) -> None:
         sparse_layers(model)
         refuse(args, kwargs)
         self.train_config = as_said(config, args)
-        self.teacher = teacher
+        if compile:
+            check_compilable(model, self.train_config, checkpointing=args.gradient_checkpointing)
+        self.teacher, self._compile = teacher, compile
         self._objective: Objective | None = None
         self._unlogged: list[Record] = []
         self._logged = -1
@@ -97,6 +103,8 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
             stack.enter_context(others_frozen(self._sparse, self.train_config))
             if self.teacher is not None:
                 stack.enter_context(evaluation_mode(self.teacher))
+            for each in filter(None, (self._sparse, self.teacher)):
+                stack.enter_context(compiled_blocks(each, self._compile))
             try:
                 output = super().train(*args, **kwargs)
                 progress = self._memory.progress

@@ -1,33 +1,33 @@
 """Runs of the benchmarks on tasks: which there are to do, doing them, and one JSON file for each that is done.
 
 A run whose file is there is not done again. One that diverged is noted as failed, and the others go on.
+
+OUT/runs/TASK-METHOD-SPARSITY-seedN-HASH.json   what one run gave
+OUT/dense/TASK-dense-0-seedN-HASH.pt            fine-tuned dense weights, which the other runs start from
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
-import pickle
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Protocol
 
 import torch
-from task_methods import METHODS, Data, Ready, Work
-from task_options import Options
-from task_store import Run, Store, digest_of, replacing
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging
 
-from torch_prunepath import record_sparsity, report
+from benchmarks.common.report import origin
+from benchmarks.common.store import Run, Store, digest, load, replacing
+from benchmarks.tasks.methods import METHODS, Data, Ready, Work
+from benchmarks.tasks.options import Options
+from torch_prunepath import record_sparsity
 from torch_prunepath.baselines import train_dense
-from torch_prunepath.bench.results import commit
 from torch_prunepath.data import evaluating
 from torch_prunepath.errors import UserError, one_line
 from torch_prunepath.sparsity import SparsityRecord
@@ -82,7 +82,7 @@ class Job:
         of = "-".join(f"{100 * target:g}" for target in self.targets) or "0"
         # The weights' digest says which model it is, wherever its folder lies and whatever it is called.
         decides = {name: value for name, value in dataclasses.asdict(self).items() if name != "model"}
-        return f"{self.task}-{self.method}-{of}-seed{self.seed}-{digest_of(decides)[:8]}"
+        return f"{self.task}-{self.method}-{of}-seed{self.seed}-{digest(decides, 8)}"
 
 
 class Runner:
@@ -153,14 +153,9 @@ class Runner:
             found["points"] = list(self._points(job, stages))
         except FloatingPointError as error:
             found = {"failed": one_line(error), "points": []}
-        machine = report.machine()
-        packages = [name for name in self.task.packages if importlib.util.find_spec(name) is not None]
-        machine["versions"] |= {name: metadata.version(name) for name in packages}
         return {
             "command": f"benchmark {job.task}",
-            "command_line": " ".join(sys.argv),
-            **machine,
-            "commit": self.options.commit or commit(),
+            **origin(" ".join(sys.argv), self.options.commit, self.task.packages),
             "config": dataclasses.asdict(job),
             "stages": stages,
             "seconds": round(time.perf_counter() - start, 2),
@@ -199,12 +194,9 @@ class Runner:
     def _fine_tune(self, model: nn.Module, job: Job, stages: list[dict[str, Any]]) -> None:
         """Give the model its fine-tuned dense weights: those that are kept, or else by training."""
         dense = self._job("dense", (), job.seed, job.dense_lr, job.dense_lr)
-        path = self.store.dense / f"{dense.name}.pt"
+        path = self.store.output / "dense" / f"{dense.name}.pt"
         if path.exists():
-            try:
-                model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise UserError(f"{path} cannot be loaded ({one_line(error)}): remove it, and run again") from error
+            model.load_state_dict(load(path, weights_only=True))
             return
         tuning = Work(model, self.task, (), job.steps, job.dense_lr, job.seed, {}, job.autocast, self.options.progress)
         tuning.stages = stages
@@ -247,6 +239,7 @@ def run_all(tasks: Sequence[Task], options: Options) -> dict[str, list[str]]:
         Names of the runs: ``done`` now, and ``skipped`` because they were done before.
     """
     store = Store(options.output)
+    store.check_free()
     runners = [Runner(task, options, store) for task in tasks]
     with tqdm(total=sum(runner.number for runner in runners), unit="run", disable=None) as bar:
         for runner in runners:

@@ -6,16 +6,14 @@ seed by itself; runs of different length are reported apart.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from task_methods import METHODS
-from task_store import Run, Store, replacing
-
+from benchmarks.common.report import figure, origins, save, spread_of, write
+from benchmarks.common.store import Run, Store
+from benchmarks.tasks.methods import METHODS
 from torch_prunepath.errors import UserError
 from torch_prunepath.report import aligned
 
@@ -74,7 +72,7 @@ def _row(
     for metric in metrics:
         values = [point["report"][metric] for point in points if point["report"].get(metric) is not None]
         if len(values) == len(points):
-            found[metric] = {"mean": statistics.fmean(values), "least": min(values), "most": max(values)}
+            found[metric] = dataclasses.asdict(spread_of(values))
     return {
         "task": task,
         "method": method,
@@ -122,47 +120,31 @@ def write_report(
     rows = rows_of(runs, metrics)
     lines = table(rows, metrics, scale)
     failed = {name: run["failed"] for name, run in runs.items() if "failed" in run}
-    about = {key: sorted({_said(run, key) for run in runs.values()}) for key in ("hardware", "versions", "commit")}
-    plot = _plot(rows, metrics, scale, store.output / "report.png")
+    about = origins(runs.values())
+    plot = _plot(rows, metrics, scale, store)
     results = {"rows": rows, "failed": failed, **about, "plot": plot}
     notes = [f"{key}: {'; '.join(values)}" for key, values in about.items()]
     notes += [f"failed: {name}: {reason}" for name, reason in failed.items()]
-    with replacing(store.output / "report.json") as part:
-        part.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    text = "\n".join([*lines, "", *notes])
-    with replacing(store.output / "report.md") as part:
-        part.write_text("\n".join(["```", *lines, "```", "", *(f"- {note}" for note in notes), ""]), encoding="utf-8")
-    return results, text
+    write(store.output, "\n".join(["```", *lines, "```", "", *(f"- {note}" for note in notes)]), results)
+    return results, "\n".join([*lines, "", *notes])
 
 
-def _said(run: Run, key: str) -> str:
-    value = run.get(key)
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {text}" for name, text in value.items())
-    return str(value)
-
-
-def _plot(rows: Sequence[Row], metrics: Sequence[str], scale: Mapping[str, float], path: Path) -> str | None:
+def _plot(rows: Sequence[Row], metrics: Sequence[str], scale: Mapping[str, float], store: Store) -> str | None:
     """A picture a task and metric; None, and a line that says how to get it, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
-        return None
     panels = sorted({(row["task"], row["steps"], metric) for row in rows for metric in row["metrics"]})
     if not panels:
         return None
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(4.5 * across, 3.6 * down), layout="constrained")
-    for axes, (task, steps, metric) in zip(figure.subplots(down, across, squeeze=False).flat, panels, strict=False):
+    drawn = figure(figsize=(4.5 * across, 3.6 * down))
+    if drawn is None:
+        return None
+    for axes, (task, steps, metric) in zip(drawn.subplots(down, across, squeeze=False).flat, panels, strict=False):
         chosen = [row for row in rows if (row["task"], row["steps"]) == (task, steps) and metric in row["metrics"]]
         _draw(axes, chosen, metric, scale.get(metric, 1.0))
         axes.set(title=f"{task}, {steps} steps", xlabel="inactive share of FFN neurons (%)", ylabel=metric)
         axes.legend(fontsize="x-small")
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=130)
-    return str(path)
+    return save(drawn, store.output)
 
 
 def _draw(axes: Any, rows: Sequence[Row], metric: str, scale: float) -> None:

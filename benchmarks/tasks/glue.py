@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as nnf
-from task_runs import measured, unheard
-from task_store import digest_of
 from torch import Tensor, nn
 
+from benchmarks.common.store import digest
+from benchmarks.tasks.runs import measured, unheard
 from torch_prunepath.errors import UserError, as_user_error, one_line
 
 Row = dict[str, Any]
@@ -184,7 +184,7 @@ def f1(predicted: Sequence[int], labels: Sequence[int]) -> float:
 
 
 class GlueTask:
-    """One task, for :class:`task_runs.Runner`.
+    """One task, for :class:`~benchmarks.tasks.runs.Runner`.
 
     Args:
         name: in :data:`GLUE`.
@@ -204,7 +204,7 @@ class GlueTask:
         self.name, self.model, self.batch, self.length, self.device = name, model, batch, length, device
         self.shape = GLUE[name]
         parts = rows_of(self.shape, folder)
-        self.digest = digest_of([parts, length])
+        self.digest = digest([parts, length], 16)
         self.labels = len({row["label"] for part in parts for row in part})
         with as_user_error(OSError, ValueError):
             from transformers import AutoTokenizer

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from task_methods import METHODS, check
-from task_store import digest_of_model
 
+from benchmarks.common.options import changes, check_device, check_positive, check_shares
+from benchmarks.common.store import digest_of_model
+from benchmarks.tasks.methods import METHODS, check
 from torch_prunepath.errors import UserError, as_user_error
 
 
@@ -88,7 +87,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     """
     _check(arguments)
     methods = list(dict.fromkeys(arguments.methods))
-    fields = _fields(arguments.fields, methods)
+    fields = changes(arguments.fields, {method: METHODS[method].fields for method in methods})
     with as_user_error(ValueError, TypeError):
         for method in methods:
             for lr in (*arguments.lr, *arguments.dense_lr):
@@ -113,56 +112,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("steps", "epochs", "batch"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} {value} must be positive")
-    for value in arguments.sparsity:
-        if not 0.0 < value < 1.0:
-            raise UserError(f"--sparsity {value} is outside (0, 1): 0.8 leaves a fifth; 0 is --methods dense")
+    check_positive({name: getattr(arguments, name) for name in ("steps", "epochs", "batch")})
+    check_shares(arguments.sparsity)
     if not Path(arguments.model).exists():
         raise UserError(f"there is no model {arguments.model}: name its folder with --model")
     if not arguments.data.is_dir():
         raise UserError(f"there is no folder {arguments.data}: name the folder of the data with --data")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; torch built without CUDA
-        raise UserError(f"--device {arguments.device}: this machine has none: leave it out, or give cpu") from error
-
-
-def dispatch(commands: Mapping[str, Callable[[argparse.Namespace], None]], arguments: argparse.Namespace) -> int:
-    """Run the command that was asked for; the exit code, 2 if the person must mend something."""
-    try:
-        commands[arguments.command](arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _fields(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Settings of each method, from ``[METHOD.]FIELD=VALUE``."""
-    fields: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    for text in given:
-        where, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--set {text} says no value: write --set {text}=VALUE")
-        method, dot, name = where.rpartition(".")
-        name = name.replace("-", "_")
-        if dot and method not in methods:
-            raise UserError(f"--set {text}: {method} is none of --methods {' '.join(methods)}")
-        having = [each for each in ([method] if dot else methods) if name in METHODS[each].fields]
-        if not having:
-            known = sorted({field for each in ([method] if dot else methods) for field in METHODS[each].fields})
-            raise UserError(f"--set {text}: no method has {name}: choose from {', '.join(known) or 'nothing'}")
-        for each in having:
-            fields[each][name] = _value(value)
-    return fields
-
-
-def _value(text: str) -> Any:
-    """A number, None, True or False, or else a word."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    check_device(arguments.device)

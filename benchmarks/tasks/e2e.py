@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from glue import CALIBRATION_BATCHES, Inputs, Row, Shuffled, padded, read_rows
-from task_runs import measured
-from task_store import Run, digest_of
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.common.store import Run, digest
+from benchmarks.tasks.glue import CALIBRATION_BATCHES, Inputs, Row, Shuffled, padded, read_rows
+from benchmarks.tasks.runs import measured
 from torch_prunepath.data import evaluation_mode
 from torch_prunepath.errors import UserError
 from torch_prunepath.models import load_model
@@ -118,7 +118,7 @@ def score_run(run: Run, texts: dict[str, list[str]]) -> bool:
 
 
 class E2ETask:
-    """E2E, for :class:`task_runs.Runner`.
+    """E2E, for :class:`~benchmarks.tasks.runs.Runner`.
 
     Args:
         folder: of the data.
@@ -150,7 +150,7 @@ class E2ETask:
         self.batch, self.eval_batch, self.new_tokens, self.device = batch, eval_batch, new_tokens, device
         known, test = references(read_rows(folder, TRAIN)), references(read_rows(folder, TEST))
         self.test = dict(itertools.islice(test.items(), meanings))
-        self.digest = digest_of([known, self.test, new_tokens, PROMPT])
+        self.digest = digest([known, self.test, new_tokens, PROMPT], 16)
         train, select = split(list(known))
         self.model, self.tokenizer = load_model(model)
         self.model = self.model.float()

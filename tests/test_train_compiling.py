@@ -1,0 +1,144 @@
+"""Training with compiled blocks: one graph for all alike layers, losses as without, nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, token_ids
+from torch import nn
+from torch._dynamo.utils import counters
+
+from torch_prunepath import SparsifyConfig, sparsify
+from torch_prunepath.train import TrainConfig, compiled_blocks, hold, ramp, train
+from torch_prunepath.train.compiling import blocks
+
+CONFIG = SparsifyConfig(expert_size=4, partition="random", router="centroid", budget="uniform")
+LOSSES: dict[str, Any] = {"entropy": 0.1, "load_balance": 0.1, "lte_separation": 1e-4, "contribution_fit": 1.0}
+RECIPE = TrainConfig(steps=4, phases=(ramp(0.0, 0.5), hold(0.5)), fit_tokens=5, **LOSSES)
+BACKEND = "aot_eager"  # traces and differentiates like Inductor, and computes with the same kernels as eager
+
+
+def dense(name: str) -> nn.Module:
+    """Without dropout: compiled code draws other random numbers."""
+    model = ARCHITECTURES[name]()[0]
+    for module in model.modules():
+        for attribute in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    return model
+
+
+def sparse(name: str) -> nn.Module:
+    return sparsify(dense(name), tau=0.5, config=CONFIG, progress=False)
+
+
+def batches(padding: int = 0) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for seed in (3, 4):
+        ids = token_ids(seed)
+        mask = torch.ones_like(ids)
+        mask[:, ids.shape[1] - padding :] = 0
+        found.append({"input_ids": ids, "attention_mask": mask} if padding else {"input_ids": ids})
+    return found
+
+
+def trained(model: nn.Module, config: TrainConfig = RECIPE, **options: Any) -> tuple[list[dict[str, float]], nn.Module]:
+    padding = options.pop("padding", 0)
+    return train(model, batches(padding), config, progress=False, **options), model
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_it_computes_what_eager_training_computes_with_one_graph_for_all_layers(name: str, bf16: bool) -> None:
+    model = sparse(name)
+    config = TrainConfig(steps=4, phases=RECIPE.phases, fit_tokens=5, autocast=bf16, **LOSSES)
+    expected, eager = trained(copy.deepcopy(model), config)
+    found, compiled = trained(model, config, compile=BACKEND)
+    # One graph for the blocks, of which there are at least two, and one for the model's loss.
+    assert len(blocks(model)) >= 2 and graphs() == 2 and not counters["graph_break"]
+    assert [sorted(record) for record in found] == [sorted(record) for record in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3 if bf16 else 1e-5)
+    for (key, a), b in zip(compiled.state_dict().items(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 if bf16 else 1e-5, msg=key)
+
+
+def test_padding_does_not_count_when_compiled_either() -> None:
+    model = sparse("llama")
+    expected, _ = trained(copy.deepcopy(model), padding=5)
+    found, _ = trained(model, padding=5, compile=BACKEND)
+    assert not counters["graph_break"]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_more_steps_and_another_run_compile_nothing_anew() -> None:
+    model = sparse("llama")
+    trained(model, compile=BACKEND)
+    before = graphs()
+    trained(sparse("llama"), compile=BACKEND)
+    assert graphs() - before <= 1  # the new model's loss function is a new object
+
+
+def test_the_teacher_is_compiled_too() -> None:
+    model, teacher = sparse("llama"), dense("llama")
+    config = TrainConfig(steps=3, phases=(hold(0.5),), contribution_fit=1.0, distill_logits=1.0)
+    expected, _ = trained(copy.deepcopy(model), config, teacher=teacher)
+    found, _ = trained(model, config, teacher=teacher, compile=BACKEND)
+    assert graphs() >= 3 and not counters["graph_break"]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert all(module._compiled_call_impl is None for each in (model, teacher) for module in each.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_nothing_stays_behind_even_if_a_step_fails(name: str) -> None:
+    model = sparse(name)
+    before = set(vars(model))
+    with pytest.raises(RuntimeError, match="stop"), compiled_blocks(model, BACKEND):
+        assert all(block._compiled_call_impl is not None for block in blocks(model))
+        raise RuntimeError("stop")
+    assert set(vars(model)) == before
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_each_ffn_is_in_one_block() -> None:
+    for name in ("llama", "opt", "bert", "t5", "gpt2"):
+        model = sparse(name)
+        held = [{id(m) for m in block.modules()} for block in blocks(model)]
+        routers = [m for m in model.modules() if hasattr(m, "router")]
+        assert routers and all(sum(id(router) in each for each in held) == 1 for router in routers), name
+        assert len(blocks(dense(name))) == len(held)
+
+
+def test_what_cannot_be_compiled_is_refused_before_anything_happens() -> None:
+    model = sparse("llama")
+    with pytest.raises(ValueError, match="distill_ffn"):
+        trained(model, TrainConfig(steps=1, distill_ffn=1.0), compile=BACKEND)
+    with compiled_blocks(model, BACKEND), pytest.raises(ValueError, match="compiled already"):
+        trained(model, compile=BACKEND)
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        trained(model, compile=BACKEND)
+    assert graphs() == 0
+
+
+def test_inductor_trains() -> None:
+    model = sparse("llama")
+    expected, _ = trained(copy.deepcopy(model))
+    found, _ = trained(model, compile=True)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-2)

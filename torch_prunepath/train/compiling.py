@@ -1,0 +1,104 @@
+"""torch.compile for training: the blocks that hold the FFNs, losses on their routers included, and the model's loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from torch_prunepath.discover import find_ffns
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.train.config import TrainConfig
+from torch_prunepath.train.shard import is_sharded
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Of ``torch.compile``; other names are backends."""
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks that hold the FFNs, sparse or dense: for each FFN the outermost entry of a ``ModuleList``.
+
+    An FFN that is in no list is a block of its own. Blocks that are alike share what is compiled.
+    """
+    sparse = [name for name, module in model.named_modules() if isinstance(module, RoutedExperts)]
+    names = sparse or [spec.name for spec in find_ffns(model)]
+    return list(dict.fromkeys(_block_of(model, name) for name in names))
+
+
+def _block_of(model: nn.Module, name: str) -> nn.Module:
+    module = model
+    for part in name.split("."):
+        inside_list = isinstance(module, nn.ModuleList)
+        module = getattr(module, part)
+        if inside_list:
+            break
+    return module
+
+
+@contextlib.contextmanager
+def compiled_blocks(model: nn.Module, how: str | bool = True) -> Iterator[None]:
+    """Inside the context the model's :func:`blocks`, and a transformers model's loss function, run compiled.
+
+    What :class:`torch_prunepath.train.RoutingTape` records of a block is computed inside of it.
+
+    Args:
+        model: sparse or dense.
+        how: the mode (``"reduce-overhead"`` takes the host's part of a step away, on CUDA) or the backend of
+            ``torch.compile``; True is its default, False compiles nothing.
+
+    Raises:
+        ValueError: if a block was compiled before.
+    """
+    if not how:
+        yield
+        return
+    options = _options(how)
+    found = blocks(model)
+    if any(block._compiled_call_impl is not None for block in found):
+        raise ValueError("a block of the model is compiled already: train the model as it was before compile()")
+    loss = model.__dict__.get("_loss_function")
+    try:
+        for block in found:
+            block.compile(**options)
+        if isinstance(model, PreTrainedModel):
+            model.loss_function = torch.compile(model.loss_function, **options)
+        yield
+    finally:
+        for block in found:
+            block._compiled_call_impl = None
+        model.__dict__.pop("_loss_function", None)
+        if loss is not None:
+            model.__dict__["_loss_function"] = loss
+
+
+def _options(how: str | bool) -> dict[str, Any]:
+    if how is True:
+        return {}
+    assert isinstance(how, str)
+    return {"mode" if how in MODES else "backend": how}
+
+
+def check_compilable(model: nn.Module, config: TrainConfig, *, checkpointing: bool | None = False) -> None:
+    """Refuse what :func:`compiled_blocks` cannot train.
+
+    Args:
+        model: to be trained.
+        config: says how.
+        checkpointing: whether gradient checkpointing will be switched on.
+
+    Raises:
+        ValueError: with a remedy.
+    """
+    if config.distill_ffn:
+        raise ValueError("distill_ffn watches outputs with hooks, which compiled blocks do not call: do not compile")
+    if is_sharded(model):
+        raise ValueError("sharded models (FSDP2) are not compiled by this library: leave compile off")
+    if checkpointing or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "compiled blocks cannot be run again in the backward pass: call model.gradient_checkpointing_disable(), "
+            "or do not compile"
+        )
