@@ -16,7 +16,6 @@ import itertools
 import json
 import lzma
 import math
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from torch_prunepath import (
     sparse_layers,
     sparsify,
 )
+from torch_prunepath.bench.results import commit
 from torch_prunepath.calibrate import visit_inputs
 from torch_prunepath.data import Inputs, as_inputs
 from torch_prunepath.discover import find_ffns
@@ -257,14 +257,6 @@ def table(dense: float, rows: list[Row]) -> str:
         values = [f"{row['perplexity'][target]:.1f}" for target in targets]
         lines.append("| " + " | ".join(labels + values) + " |")
     return "\n".join(lines)
-
-
-def commit() -> str:
-    """The checkout's commit, with a mark if files differ from it."""
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return "unknown"
 
 
 def parse() -> argparse.Namespace:

@@ -7,7 +7,8 @@ Every side trains the same sizes on the same random tokens with AdamW, gradients
 its own, with PyTorch's fused AdamW on CUDA; the others are ``torch_prunepath.train.train``: "task" with the model's own
 loss alone, "held" and "paper" with those recipes' losses, "held-distil" with the dense model as a teacher as well. In
 the modes "default" and "reduce-overhead" of torch.compile, all are compiled block by block; in mode "whole", dense as
-one and the others block by block, in the default mode. The clock runs on the device, from the end of one step to the end of the next; medians after a warm-up.
+one and the others block by block, in the default mode. The clock runs on the device, from the end of one step to the
+end of the next; medians after a warm-up.
 Weights of a geometry are random, and so are the routers. Memory is the most that tensors held during training.
 """
 

@@ -14,9 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_prunepath.csrc_triton.jit import launch_options, overlaps
-
-MOST = 3
-"""Layers that one launch takes: queries, keys and values."""
+from torch_prunepath.limits import LINEARS_AT_ONCE
 
 
 @triton.jit
@@ -90,14 +88,15 @@ def _config(inputs: int) -> dict[str, int]:
 
 def linears(x_1D: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
     """See :func:`torch_prunepath.compile.linears.linears`."""
-    if x_1D.shape[0] != 1 or len(weights_DN) > MOST:
-        raise ValueError(f"linears takes one token and at most {MOST} layers: {len(x_1D)} and {len(weights_DN)} given")
+    if x_1D.shape[0] != 1 or len(weights_DN) > LINEARS_AT_ONCE:
+        given = f"{len(x_1D)} and {len(weights_DN)} given"
+        raise ValueError(f"linears takes one token and at most {LINEARS_AT_ONCE} layers: {given}")
     count, D = len(weights_DN), x_1D.shape[1]
     sizes = [weight.shape[1] for weight in weights_DN]
     results = [torch.empty(1, N, dtype=x_1D.dtype, device=x_1D.device) for N in sizes]
     config = _config(D)
     layers: list[object] = []
-    for i in range(MOST):
+    for i in range(LINEARS_AT_ONCE):
         j = min(i, count - 1)  # of a layer that is not there, something of the same kind
         N = sizes[j] if i < count else 0
         layers += [weights_DN[j], biases_N[j], results[j], N, *weights_DN[j].stride()]
@@ -108,7 +107,7 @@ def linears(x_1D: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tenso
         x_1D.stride(1),
         D=D,
         LAYERS=count,
-        **{f"BIAS{i}": i < count and biases_N[i] is not None for i in range(MOST)},
+        **{f"BIAS{i}": i < count and biases_N[i] is not None for i in range(LINEARS_AT_ONCE)},
         OVERLAP=overlaps(x_1D),
         **config,
         **launch_options(x_1D),

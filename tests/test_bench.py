@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import torch_prunepath.layer
 from torch_prunepath import SparsifyConfig, cli, fused, set_tau, sparsify
-from torch_prunepath.bench import build, gate, requests, results, sides
+from torch_prunepath.bench import build, gate, profile, requests, results, sides
 from torch_prunepath.bench.decoder import Decoder, Prefill, logits_of, read_prompt
 from torch_prunepath.bench.floor import Traffic
 from torch_prunepath.bench.geometry import GEOMETRIES, Geometry
@@ -190,6 +193,21 @@ def test_the_gate_lets_right_results_pass(geometry: Geometry, gate_name: str, dt
         for layout in ("linear", "rows"):
             error = gate.check_layer(layer, x_TD, layer.dense(x_TD, layout), layer.sparse(x_TD), "FFN")
             assert 0 < error < gate.BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("how", [{"normalise": True}, {"shared": 3}, {"normalise": True, "shared": 1}], ids=str)
+def test_the_gate_knows_what_a_router_reads_and_what_it_does_not_choose(how: dict[str, Any]) -> None:
+    plain, x_TD = layer_of(GATED, "sigmoid"), inputs(20)
+    x_TD *= torch.logspace(-1, 1, len(x_TD)).unsqueeze(1)
+    layer = dataclasses.replace(plain, **how)
+    for sparsity in (0.3, 0.5):
+        layer.set_sparsity(x_TD, sparsity)
+        mask_TE = layer.mask(x_TD)
+        assert abs(float(mask_TE.float().mean()) - (1 - sparsity)) < 0.02 and mask_TE[:, : layer.shared].all()
+        dense_TD, sparse_TD = layer.dense(x_TD, "rows"), layer.sparse(x_TD)
+        gate.check_layer(layer, x_TD, dense_TD, sparse_TD, "FFN")
+        with pytest.raises(gate.WrongResult):
+            gate.check_layer(plain, x_TD, dense_TD, sparse_TD, "FFN")
 
 
 def test_the_gates_reference_is_the_librarys() -> None:
@@ -530,6 +548,57 @@ def test_decode_compiled(run, tmp_path: Path) -> None:
     assert [row["sparse_mode"] for row in found["rows"]] == ["default"] * 4
 
 
+def test_a_profile_says_where_a_step_goes(run, tiny: Path, tmp_path: Path) -> None:
+    place = tmp_path / "profile.txt"
+    place.write_text("of an earlier run")
+    asked = ("decode", "--geometry", tiny, "--sparsity", 0.5, "--profile", place, *EAGER)
+    code, stdout, _ = run(*asked)
+    assert code == 0
+    assert f"profile    {place}" in stdout
+    start = rf"^(?:dense|sparse) {re.escape(str(tiny))}, decoding at batch 1"
+    sides = re.split(start, place.read_text(), flags=re.MULTILINE)
+    assert [side.partition(": ")[0] for side in sides] == [
+        "", ", mode eager", ", sparsity 0, mode eager", ", sparsity 0.5, mode eager",
+    ]  # fmt: skip
+    for side, sparse in zip(sides[1:], (False, True, True), strict=True):
+        rows = {cells[0]: cells[1:] for cells in map(str.split, side.splitlines()[3:]) if cells}
+        assert (rows["aten::linear"][0] == "15") is not sparse  # 7 of each layer, and the output layer
+        *each, (calls, total) = rows.values()
+        assert calls == str(sum(int(row[0]) for row in each))
+        assert float(total) == pytest.approx(sum(float(row[1]) for row in each), abs=0.1 * len(each))
+        assert [float(row[1]) for row in each] == sorted((float(row[1]) for row in each), reverse=True)
+        assert rows["aten::scaled_dot_product_attention"][0] == "2"  # one step of two layers
+
+
+def test_a_profile_leaves_the_decoder_where_it_was() -> None:
+    work = decoder_of(tiny_llama(), batch=1)
+    expected = logits_of(work, work.step, 5)
+    assert profile.entries_of(work, work.step, CPU)
+    assert torch.equal(torch.cat(work.turn(work.step)), expected)
+
+
+def test_long_names_are_cut() -> None:
+    text = profile.render("title", [profile.Entry("k" * 200, 4, 30.0), profile.Entry("b", 1, 10.0)])
+    title, _, _, long, short, every = text.splitlines()[:6]
+    assert title == "title"
+    assert long.split() == ["k" * 96, "...", "4", "30.0", "7.5", "75.0%"]
+    assert short.split() == ["b", "1", "10.0", "10.0", "25.0%"]
+    assert every.split() == ["all", "5", "40.0"]
+
+
+def test_a_profile_that_cannot_be_kept_is_refused(run, tiny: Path, tmp_path: Path) -> None:
+    asked = ("decode", "--geometry", tiny, "--sparsity", 0.5, *EAGER)
+    refused(run(*asked, "--profile", tmp_path / "none" / "profile.txt"), 2, "cannot write", "--profile")
+    refused(run(*asked, "--profile", tmp_path / "out" / "profile.txt", "-o", tmp_path / "out"), 2, "--output replaces")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_profiler_that_sees_nothing_is_no_profile(run, tiny: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("torch.profiler.profile.key_averages", lambda self: [])
+    asked = ("decode", "--geometry", tiny, "--sparsity", 0.5, "--profile", tmp_path / "profile.txt", *EAGER)
+    refused(run(*asked), 2, "sees nothing", "leave --profile out")
+
+
 def test_a_step_that_differs_from_eager_yields_no_times(run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ready(work, modes, backend, what):  # type: ignore[no-untyped-def]
         return {"eager": work.step if what.startswith("dense") else lambda: 1.01 * work.step()}
@@ -585,8 +654,11 @@ def test_tau_stays_where_the_search_left_it() -> None:
 def test_on_cuda(run, which: str, tmp_path: Path) -> None:
     asked = ("--geometry", "smollm2-135m", "--layers", 2, "--device", "cuda", "--batch", 1, 4, "--sparsity", 0.8)
     more = ("--context", 16, "--new-tokens", 8, "--backend", "inductor", "--modes", "graph", "reduce-overhead")
+    more = (*more, "--profile", tmp_path / "profile.txt")
     code, stdout, _ = run(which, *asked, *(more if which == "decode" else ()), "--seconds", 0.05, "--json")
     assert code == 0
+    if which == "decode":  # the kernels inside a recorded graph
+        assert (tmp_path / "profile.txt").read_text().count("\ntriton_") > 4
     for row in json.loads(stdout)["rows"]:
         assert row["device"] == "cuda" and row["dtype"] == "bf16"
         assert 0 < row["dense_us"] < 1e6 and 0 < row["sparse_us"] < 1e6

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import math
 from collections.abc import Callable
@@ -16,15 +14,15 @@ from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 
 from benchmarks.adaptation import job, report
 from benchmarks.adaptation.__main__ import main
-from benchmarks.adaptation.compiling import compiled, outside_ffns
-from benchmarks.adaptation.job import _From
-from benchmarks.adaptation.material import locked, spread, tokenise, write_whole
+from benchmarks.adaptation.material import spread, tokenise
 from benchmarks.adaptation.measure import TOLERANCE, TauKnob, Unreachable, run
 from benchmarks.adaptation.methods import METHODS
+from benchmarks.common.store import Store
 from torch_prunepath import SparsifyConfig, sparsify
 from torch_prunepath.evaluate import perplexity
 from torch_prunepath.models import load_model
 from torch_prunepath.sparsity import record_sparsity
+from torch_prunepath.train.compiling import compiled_blocks
 
 STEPS, CONTEXT, BATCH_TOKENS = 8, 32, 128
 ROUTED = [name for name in METHODS if METHODS[name].own and name != "teal"]
@@ -161,22 +159,12 @@ def test_a_run_in_other_hands_is_left_to_them(command: Runner, tmp_path: Path) -
     _, out, _ = command(*given, "--session-seconds", 1e-9)
     first, second = json.loads(out)["left"]
     assert not (tmp_path / "runs").exists()
-    with locked(tmp_path / "cache" / f"{first}.lock", wait=False) as mine:
+    with Store(tmp_path).claim(first) as mine:
         assert mine
         _, out, _ = command(*given)
     assert json.loads(out) == {"done": [second], "before": [], "elsewhere": [first], "left": []}
     _, out, _ = command(*given)
     assert json.loads(out) == {"done": [first], "before": [second], "elsewhere": [], "left": []}
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "runs" / "a.json", fail)
-    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_run_is_cut_short_and_says_so(command: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,9 +251,9 @@ def test_d2dmoe_can_leave_steps_for_training_the_experts(command: Runner, tmp_pa
         (["--seconds", -1], "must be positive"),
         (["--device", "nowhere"], "this machine has none"),
         (["--set", "expert_size"], "says no value"),
-        (["--set", "expert_size=4"], "dense has no field 'expert_size'"),
+        (["--set", "expert_size=4"], "no method has expert_size"),
         (["--set", "ours:expert_size=4"], "not among --methods"),
-        (["--set", "steps=4"], "no field 'steps'"),
+        (["--set", "steps=4"], "no method has steps"),
         (["--set", "weight_decay=-1"], "must not be negative"),
         (["--set", "phases=[('sparsity', 2, 2)]"], "outside [0, 1)"),
         (["--set", "phases=3"], "not iterable"),
@@ -322,13 +310,6 @@ def test_the_held_out_part_is_trained_on_by_nobody(
     assert material.train_NC.numel() <= start
 
 
-def test_a_second_stage_goes_on_in_the_order_of_the_first() -> None:
-    batches = [1, 2, 3, 4]
-    assert list(_From(batches, 0)) == batches
-    assert list(_From(batches, 6)) == [3, 4, 1, 2]
-    assert len(_From(batches, 6)) == 4
-
-
 def test_perplexity_is_that_of_windows_read_one_by_one() -> None:
     model = tiny_llama()
     window_NC = torch.randint(3, 200, (5, 20), generator=torch.Generator().manual_seed(0))
@@ -360,43 +341,24 @@ def test_windows_are_spread_evenly() -> None:
 # --- compiling ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_what_lies_outside_the_ffns_is_compiled(sparse: bool) -> None:
-    model = tiny_llama()
-    if sparse:
-        sparsify(model, config=SparsifyConfig(4, "random", "centroid", budget="uniform"), progress=False)
-    names = {name for name, module in model.named_modules() if any(module is found for found in outside_ffns(model))}
-    layers = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "input_layernorm")]
-    layers += [f"model.layers.{i}.post_attention_layernorm" for i in range(2)]
-    assert names == {*layers, "model.norm", "lm_head"}
-
-
-def test_compiled_parts_compute_the_same_and_are_given_back() -> None:
-    model = tiny_llama()
-    ids = torch.randint(3, 200, (2, 16))
-    expected = model(ids).logits
-    calls: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        calls.append(graph)
-        return graph.forward
-
-    before = copy.deepcopy({name: set(module.__dict__) for name, module in model.named_modules()})
-    with compiled(model, backend=backend):  # type: ignore[arg-type]
-        torch.testing.assert_close(model(ids).logits, expected)
-    assert calls
-    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
-
-
 def test_a_compiled_run_gives_what_an_eager_one_gives(command: Runner, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(job, "compiled", functools.partial(compiled, backend="eager"))
+    backends: list[Any] = []
+
+    def eagerly(model: Any, backend: Any) -> Any:
+        backends.append(backend)
+        return compiled_blocks(model, "eager" if backend else False)
+
+    monkeypatch.setattr("torch_prunepath.train.loop.compiled_blocks", eagerly)
     given = ("--methods", "held", "static-norm", "-o", tmp_path, "--set", "distill_logits=1")
     command(*given)
     eager = [r["rows"] for r in results_of(tmp_path)]
     for path in (tmp_path / "runs").iterdir():
         path.unlink()
+    assert backends and not any(backends)
+    backends.clear()
     code, _, err = command(*given, "--compile")
     assert code == 0, err
+    assert backends and all(backends)
     for before, after in zip(eager, [r["rows"] for r in results_of(tmp_path)], strict=True):
         assert [row["perplexity"] for row in after] == pytest.approx([row["perplexity"] for row in before], rel=1e-3)
 

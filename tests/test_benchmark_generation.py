@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,10 @@ import pytest
 import torch
 from tiny_llama import save_tiny_llama
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import e2e
-import generation
-from task_methods import METHODS
-from task_store import Store
-
+from benchmarks import generation
+from benchmarks.common.store import Store
+from benchmarks.tasks import e2e
+from benchmarks.tasks.methods import METHODS
 from torch_prunepath import record_sparsity, register_routing_hook, set_tau, sparsify
 from torch_prunepath.errors import UserError
 
@@ -71,7 +67,7 @@ def test_every_method_from_run_to_report(
     assert call(output, *settings) == 0
     assert json.loads(capsys.readouterr().out) == {"done": [], "skipped": done["done"]}
 
-    for run in Store(output, create=False).all().values():
+    for run in Store(output).all().values():
         (point,) = run["points"]
         assert point["report"]["sparsity"] == pytest.approx(point["target"], abs=0.1), run["config"]["method"]
         assert len(point["generated"]) == point["report"]["meanings"] == 5
@@ -89,7 +85,7 @@ def test_half_a_pass_in_bfloat16(call: Callable[..., int], task: e2e.E2ETask, tm
     output = tmp_path / "out"
     assert call(output, "--methods", "d2dmoe", "--sparsity", 0.5, "--epochs", 0.5, "--bf16") == 0
     steps = -(-len(task.batches(0)) // 2)
-    runs = {run["config"]["method"]: run for run in Store(output, create=False).all().values()}
+    runs = {run["config"]["method"]: run for run in Store(output).all().values()}
     assert runs.keys() == {"dense", "d2dmoe"}
     for run in runs.values():
         assert run["config"]["steps"] == steps > 1
@@ -113,14 +109,14 @@ def test_scores_can_be_had_later(
     with monkeypatch.context() as without:
         without.setattr(e2e, "can_score", lambda: False)
         assert call(later, *asked) == 0
-        assert all("bleu" not in p["report"] for r in Store(later, create=False).all().values() for p in r["points"])
+        assert all("bleu" not in p["report"] for r in Store(later).all().values() for p in r["points"])
         capsys.readouterr()
         assert generation.main(["report", str(later)]) == 2
         assert "--data" in capsys.readouterr().err
         assert generation.main(["report", str(later), "--data", str(data)]) == 2
         assert "pip install rouge-score sacrebleu" in capsys.readouterr().err
     assert generation.main(["report", str(later), "--data", str(data)]) == 0
-    points = [[run["points"] for run in Store(folder, create=False).all().values()] for folder in (now, later)]
+    points = [[run["points"] for run in Store(folder).all().values()] for folder in (now, later)]
     assert points[0] == points[1]
     capsys.readouterr()
     # Scored once, and kept.
@@ -230,7 +226,7 @@ def test_a_little_training_teaches_the_form(call: Callable[..., int], tmp_path: 
     options = ("--methods", "ours", "--sparsity", 0.5, "--steps", 60, "--dense-lr", 5e-3, "--lr", 2e-3)
     assert call(output, *options, "--new-tokens", 24) == 0
     found = {}
-    for run in Store(output, create=False).all().values():
+    for run in Store(output).all().values():
         found[run["config"]["method"]] = run["points"][0]
     assert found["dense"]["select"]["loss"] < 2.0, "an untrained model is at 6"
     assert found["ours"]["select"]["loss"] < 3.0

@@ -36,7 +36,7 @@ def batches(number: int = 2) -> list[dict[str, torch.Tensor]]:
 
 
 def test_every_side_in_every_mode(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--model", tiny, *SMALL, "--json"]
+    given = ["--model", tiny, *SMALL, "--modes", *MODES, "--json"]
     assert main([str(argument) for argument in given]) == 0
     results = json.loads(capsys.readouterr().out)
     assert [(row["side"], row["mode"]) for row in results["rows"]] == [(side, mode) for mode in MODES for side in SIDES]
@@ -113,7 +113,7 @@ def test_routers_differ_and_the_release_has_its_gate() -> None:
 def test_sides_do_not_touch_each_other() -> None:
     dense = tiny_llama()
     before = copy.deepcopy(dense.state_dict())
-    side = Side(dense, "held-distil", "compiled", arguments())
+    side = Side(dense, "held-distil", "default", arguments())
     side.measure(batches())
     after = dense.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())

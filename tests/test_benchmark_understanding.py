@@ -6,7 +6,6 @@ import gzip
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import glue
-import understanding
-from task_methods import METHODS
-from task_report import rows_of
-from task_store import Store
-
+from benchmarks import understanding
+from benchmarks.common.store import Store
+from benchmarks.tasks import glue
+from benchmarks.tasks.methods import METHODS
+from benchmarks.tasks.report import rows_of
 from torch_prunepath import register_routing_hook, sparsify
 from torch_prunepath.errors import UserError
 
@@ -109,7 +105,7 @@ def test_every_method_from_run_to_report(
     done = json.loads(capsys.readouterr().out)
     assert len(done["done"]) == 1 and len(done["skipped"]) == 1, "one run for both, from the same dense model"
 
-    runs = Store(output, create=False).all()
+    runs = Store(output).all()
     assert {run["config"]["method"] for run in runs.values()} == set(METHODS)
     for run in runs.values():
         assert {"hardware", "versions", "commit", "command_line", "stages"} <= run.keys()
@@ -214,7 +210,7 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(
     output = tmp_path / "out"
     asked = ("--tasks", "sst2", "--methods", "dense-longer", "--steps", 4, "--dense-lr", 1e-3, "--set", "warmup=0")
     assert call(output, *asked, "--lr", 1e30, 1e-3, "--set", "clip=None") == 0
-    runs = Store(output, create=False).all().values()
+    runs = Store(output).all().values()
     failed = [run for run in runs if "failed" in run]
     assert [run["config"]["lr"] for run in failed] == [1e30] and failed[0]["points"] == []
     capsys.readouterr()
@@ -228,7 +224,7 @@ def test_two_rates_of_fine_tuning_compete(
     output = tmp_path / "out"
     asked = ("--tasks", "mrpc", "--methods", "dense-longer", "--steps", 12, "--lr", 1e-3)
     assert call(output, *asked, "--dense-lr", 1e-7, 3e-3) == 0
-    runs = Store(output, create=False).all().values()
+    runs = Store(output).all().values()
     dense = {run["config"]["lr"]: run for run in runs if run["config"]["method"] == "dense"}
     best = max(dense, key=lambda lr: dense[lr]["points"][0]["select"]["score"])
     (other,) = (run for run in runs if run["config"]["method"] == "dense-longer")
@@ -327,7 +323,7 @@ def test_metrics() -> None:
         (("--set", "expert_sise=8"), "no method has expert_sise"),
         (("--set", "seed=8"), "no method has seed"),
         (("--set", "lte.score=norm"), "no method has score"),
-        (("--methods", "ours", "--set", "static.score=norm"), "none of --methods"),
+        (("--methods", "ours", "--set", "static.score=norm"), "not among --methods"),
         (("--set", "expert_size=0"), "must be at least 1"),
         (("--set", "score=size"), "score='size' is not known"),
         (("--set", "warmup=3"), "outside [0, 1]"),
@@ -352,9 +348,10 @@ def test_foreign_folders_are_left_alone(
     assert call(tmp_path, "--tasks", "sst2", "--methods", "dense", "--steps", 1) == 2
     assert "holds something else" in capsys.readouterr().err
     assert understanding.main(["report", str(tmp_path)]) == 2
-    assert "no runs in" in capsys.readouterr().err
+    assert "there is no result in" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     empty = tmp_path / "empty"
-    (empty / "runs").mkdir(parents=True)
+    config = {"task": "rte", "weights": "w", "data": "d"}
+    Store(empty).write("diverged", {"config": config, "points": [], "failed": "the loss is nan"})
     assert understanding.main(["report", str(empty)]) == 2
     assert "no run has ended well" in capsys.readouterr().err

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from torch_prunepath import cli, sparse_layers, sparsify
+from torch_prunepath import cli, record_sparsity, sparse_layers, sparsify
 from torch_prunepath.models import SMOLLM2, cache_folder
+from torch_prunepath.rules import held_rule
 from torch_prunepath.train import TrainConfig, job, recipes
 from torch_prunepath.train.plan import EXPERTS
+from torch_prunepath.train.stages import Later
 
 Run = Callable[..., tuple[int, str, str]]
 FAST = ["--steps", 12, "--batch", 4, "--context", 32, "--lr", "3e-3", "--router-lr", "1e-2", "--expert-size", 4]
@@ -58,6 +60,13 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
     assert not Path("out").exists()
 
 
+def card_of(folder: Path) -> dict[str, Any]:
+    """The rows of the model card's tables: the first cell -> the second, or a list of the others."""
+    lines = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return {first: others[0] if len(others) == 1 else others for first, *others in cells}
+
+
 def test_a_dense_model_becomes_a_better_sparse_one(run: Run, tiny: Path, text: Path) -> None:
     flags = ["--eval-text", text, "--target-sparsity", 0.6, *FAST, "--steps", 40, "--json"]
     code, out, err = run(tiny, "--text", text, "-o", "out", *flags)
@@ -79,6 +88,14 @@ def test_a_dense_model_becomes_a_better_sparse_one(run: Run, tiny: Path, text: P
     assert TrainConfig.from_dict(results["config"]).phases == recipes.ours(40).phases
     model = AutoModelForCausalLM.from_pretrained("out")
     assert [float(layer.tau) for layer in sparse_layers(model).values()] != [1.0, 1.0]
+    card = card_of(Path("out"))
+    assert card["inactive FFN neurons"] == f"{rows[names[4]]['sparsity']:.1%}" and card["recipe"] == "ours, 40 steps"
+    assert all(card[f"perplexity, {name}"] == f"{row['perplexity']:.2f}" for name, row in rows.items())
+    assert [float(card[f"`{name}`"][2]) for name in sparse_layers(model)] == pytest.approx(
+        [float(layer.tau) for layer in sparse_layers(model).values()], rel=1e-5
+    )
+    shares = [float(card[f"`{name}`"][3].rstrip("%")) / 100 for name in sparse_layers(model)]
+    assert sum(shares) / 2 == pytest.approx(rows[names[4]]["sparsity"], abs=2e-3)
     ids = torch.tensor(byte_tokenizer()(text.read_text())["input_ids"][: 32 * 64]).view(-1, 32)
     assert job.perplexity(model.eval(), ids) == pytest.approx(rows[names[4]]["perplexity"], rel=0.1)
     assert [path.name for path in Path().iterdir()] == ["out"]
@@ -88,6 +105,9 @@ def test_for_people_and_without_a_text_to_measure_on(run: Run, tiny: Path, text:
     code, out, _ = run(tiny, "--text", text, "-o", "out", *FAST)
     assert code == 0
     assert "perplexity" not in out and "12 steps on cpu" in out and "checkpoint  out" in out
+    card = card_of(Path("out"))
+    assert float(card["inactive FFN neurons"].rstrip("%")) == pytest.approx(70, abs=1), "of the text trained on"
+    assert not [name for name in card if "perplexity" in name]
 
 
 def test_a_sparse_model_goes_on(run: Run, tiny: Path, text: Path) -> None:
@@ -115,6 +135,82 @@ def test_the_paper_recipe_has_its_experts_and_stages(run: Run, tiny: Path, text:
     assert results["steps"] == 2 * passes
     assert (results["config"]["entropy"], results["config"]["distill_logits"]) == (3e-4, 0.5)
     assert results["last"]["tau"] == 0.5
+
+
+def test_the_lte_recipe_trains_its_two_stages(run: Run, tiny: Path, text: Path) -> None:
+    flags = ["--recipe", "lte", *FAST, "--set", "eta=2", "--set", "first=0.75", "--target-sparsity", 0.6, "--json"]
+    code, out, _ = run(tiny, "--text", text, "--eval-text", text, "-o", "out", *flags, "--steps", 40)
+    assert code == 0
+    results = json.loads(out)
+    first, second = results["stages"]
+    assert (first["steps"], second["steps"], first["separation_eta"]) == (30, 10, 2)
+    assert (first["lte_separation"], second["lte_separation"]) == (1.0, 0.0)
+    assert first["lr"] == second["lr"] == 3e-3 and first["router_lr"] == 1e-2
+    history = json.loads(Path("out/training.json").read_text())["history"]
+    assert [record["step"] for record in history] == list(range(40)) and results["steps"] == 40
+    assert {record["tau"] for record in history[:30]} == {1.0} and {record["tau"] for record in history[30:]} == {0.5}
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["before, tau 1"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=1e-4)
+    assert rows["after, 60% asked"]["perplexity"] < 0.7 * rows["dense"]["perplexity"]
+    assert rows["after, 60% asked"]["sparsity"] == pytest.approx(0.6, abs=0.05)
+    model = AutoModelForCausalLM.from_pretrained("out")
+    for layer in sparse_layers(model).values():
+        assert (layer.experts.expert_size, layer.experts.gate) == (4, "one") and held_rule(layer) == "threshold"
+        assert float(layer.tau) == pytest.approx(results["tau"])
+    ids = torch.tensor(byte_tokenizer()(text.read_text())["input_ids"][: 32 * 64]).view(-1, 32)
+    with record_sparsity(model) as record:
+        assert job.perplexity(model.eval(), ids) == pytest.approx(rows["after, 60% asked"]["perplexity"], rel=0.1)
+    assert record.sparsity == pytest.approx(0.6, abs=0.05)
+    # It goes on with nothing that would not train it as it is.
+    rest = ["--text", text, "-o", "more", "--steps", 2, "--context", 32]
+    refused_as(run("out", *rest), "selects as --recipe lte does", "start from dense")
+    refused_as(run("out", *rest, "--recipe", "lte"), "makes its own experts", "start from the dense model")
+
+
+def test_an_epoch_of_lte_is_one_in_each_stage(run: Run, tiny: Path, text: Path) -> None:
+    flags = ["--recipe", "lte", "--batch", 16, "--context", 32, "--epochs", 0.5, "--target-sparsity", 0.3, "--json"]
+    code, out, _ = run(tiny, "--text", text, "-o", "out", *flags)
+    assert code == 0
+    results = json.loads(out)
+    assert results["steps"] == -(-results["data"]["tokens"] // (16 * 32)) and results["experts"]["expert_size"] == 32
+    assert results["stages"][0]["lr"] == 5e-5
+
+
+@pytest.mark.parametrize("at", [4, 11], ids=["first stage", "second stage"])
+def test_an_unfinished_run_of_lte_goes_on_to_the_same_result(
+    run: Run, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    flags = ["--text", text, "--recipe", "lte", *FAST, "--steps", 14, "--save-every", 3, "--target-sparsity", 0.5]
+    flags += ["--eval-text", text, "--json"]
+    _, whole, _ = run(tiny, "-o", "whole", *flags)
+    real = job.train
+
+    def stopping(*args: Any, callback: Any, **kwargs: Any) -> Any:
+        def note(state: Any, record: Any) -> None:
+            callback(state, record)
+            if state.step == (at if at < 7 else at - 7) and (at < 7) == bool(args[2].lte_separation):
+                raise KeyboardInterrupt
+
+        return real(*args, callback=note, **kwargs)
+
+    monkeypatch.setattr(job, "train", stopping)
+    assert run(tiny, "-o", "out", *flags)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(text.parent / "cwd")
+    assert [path.name for path in Path("out.training").iterdir()] == [f"step-{at // 3 * 3}"]
+    code, again, _ = run(tiny, "-o", "out", *flags, "--resume")
+    assert code == 0
+    one, two = json.loads(whole), json.loads(again)
+    assert one["rows"] == two["rows"] and one["last"] == two["last"]
+    ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in ("whole", "out"))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    histories = [json.loads(Path(folder, "training.json").read_text())["history"] for folder in ("whole", "out")]
+    assert histories[0] == histories[1]
+
+
+def test_a_later_stage_goes_on_in_the_order_of_the_first() -> None:
+    assert list(Later([1, 2, 3, 4], 0)) == [1, 2, 3, 4] and len(Later([1, 2, 3, 4], 6)) == 4
+    assert list(Later([1, 2, 3, 4], 6)) == [3, 4, 1, 2]
 
 
 def test_tokens_epochs_and_fields_reach_the_run(run: Run, tiny: Path, text: Path) -> None:
@@ -221,6 +317,11 @@ def test_without_the_package_datasets(run: Run, tiny: Path, monkeypatch: pytest.
     ("flags", "message"),
     [
         (["--recipe", "magic"], "choose one of paper, "),
+        (["--recipe", "lte", "--partition", "kmeans"], "leave --partition out"),
+        (["--recipe", "lte", "--routers-only"], "no --routers-only"),
+        (["--recipe", "lte", "--compile"], "leave --compile out"),
+        (["--recipe", "lte", "--steps", "1"], "both stages need a step"),
+        (["--recipe", "lte", "--set", "separation_eta=2"], "choose from"),
         (["--target-sparsity", "1"], "--target-sparsity 1.0 is outside [0, 1)"),
         (["--steps", "0"], "--steps 0 must be positive"),
         (["--batch", "-1"], "--batch -1 must be positive"),

@@ -250,7 +250,8 @@ def test_recipes_and_arguments_agree(tmp_path: Path) -> None:
         ({"decay": "linear"}, {"lr_scheduler_type": "cosine"}, r"decay='linear'"),
         ({"seed": 3}, {"seed": 4}, r"seed=3"),
         ({}, {"label_smoothing_factor": 0.1}, "does not smooth labels"),
-        ({}, {"torch_compile": True}, "leave torch_compile off"),
+        ({}, {"ddp_find_unused_parameters": True}, "leave ddp_find_unused_parameters unset"),
+        ({}, {"torch_compile": True}, "pass compile=True to PrunePathTrainer"),
         ({"distill_logits": 1.0}, {}, "pass teacher="),
     ],
 )

@@ -39,7 +39,13 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=5_800_000, help="of training a run (default: 5.8 million)")
     add("--seconds", type=float, help="of training a run, at most; a run cut short is marked")
     add("--session-seconds", type=float, help="start no run later than this")
-    add("--compile", nargs="?", const="default")
+    add(
+        "--compile",
+        nargs="?",
+        const="default",
+        metavar="HOW",
+        help="train compiled, in this mode of torch.compile (default: default); the same for every method",
+    )
     add_material(command)
     add("--json", action="store_true", help="print which runs were done as JSON")
 

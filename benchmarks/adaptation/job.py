@@ -19,6 +19,7 @@ from benchmarks.common.store import digest
 from torch_prunepath.sparsity import set_tau
 from torch_prunepath.train import TrainConfig, train
 from torch_prunepath.train.loop import steps_of
+from torch_prunepath.train.stages import Later
 
 WARM_STEPS = 3
 """Steps whose time is not counted in the median: the first ones load and compile kernels."""
@@ -127,7 +128,7 @@ class Job:
         settings = self.material.settings
         teacher = {"teacher": self.material.teacher} if config.distill_logits else {}
         batches = self.material.batches(self.run.seed)
-        feed = _From(batches, self.steps_done * settings.budget.accumulation)
+        feed = Later(batches, self.steps_done * settings.budget.accumulation)
         before = self.steps_done
         self.configs.append(config.to_dict())
         start = last = time.perf_counter()
@@ -191,20 +192,6 @@ class Job:
 
 def _hooked(model: Any) -> bool:
     return any(getattr(module, "routing_hooks", None) for module in model.modules())
-
-
-class _From:
-    """Batches that begin later in their order: a second stage goes on where the first one stopped."""
-
-    def __init__(self, batches: Any, skip: int) -> None:
-        self.batches, self.skip = batches, skip % len(batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        order = list(self.batches)
-        yield from order[self.skip :] + order[: self.skip]
 
 
 def describe(run: Run, material: Material) -> dict[str, Any]:

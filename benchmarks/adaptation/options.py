@@ -78,7 +78,7 @@ class Settings:
         calibration_tokens: that experts, routers and scores are made from.
         commit: what results say they were made from.
         command_line: for the record.
-        compile: train compiled; the same for every method.
+        compile: train compiled, in this mode of ``torch.compile``; the same for every method.
         seconds: of training a run, at most; a run that is cut short says so.
         session_seconds: no run starts later than this after the command.
     """
@@ -97,7 +97,7 @@ class Settings:
     calibration_tokens: int
     commit: str | None
     command_line: str
-    compile: str | None = False
+    compile: str | None = None
     seconds: float | None = None
     session_seconds: float | None = None
 

@@ -25,7 +25,7 @@ from benchmarks.common.report import markdown
 from torch_prunepath import register_routing_hook, set_tau, sparse_layers
 from torch_prunepath.errors import UserError
 from torch_prunepath.layer import RoutedExperts, Routing
-from torch_prunepath.ops import expand_experts
+from torch_prunepath.ops import expand_experts, sigmoid_gates
 from torch_prunepath.router import contribution_shares
 from torch_prunepath.sparsify import sparse_views
 
@@ -143,7 +143,7 @@ def reconstruction(
         bias_D = view.down_bias_D
         totals[routing.name] = totals.get(routing.name, 0) + (y_TD if bias_D is None else y_TD + bias_D).square().sum()
         ranks = {
-            ROUTER: _ranks(routing.scores_TE),
+            ROUTER: _ranks(_shared_first(layer, routing.scores_TE)),
             ORACLE: _ranks(contribution_shares(h_TF, down_FD, size)),
         }
         for (by, share), found in squares.items():
@@ -163,8 +163,14 @@ def _gated(layer: RoutedExperts, h_TF: Tensor, scores_TE: Tensor) -> Tensor:
     """Hidden activations, each weighed by its expert's gate."""
     if layer.experts.gate == "one":
         return h_TF
-    gates_TE = torch.sigmoid(scores_TE + layer.experts.gate_offset)
+    gates_TE = sigmoid_gates(scores_TE, layer.experts.gate_offset, layer.experts.shared)
     return h_TF * expand_experts(gates_TE, layer.experts.expert_size, h_TF.shape[1])
+
+
+def _shared_first(layer: RoutedExperts, scores_TE: Tensor) -> Tensor:
+    """Scores that rank the experts which are always active before all others."""
+    places_E = torch.arange(scores_TE.shape[-1], device=scores_TE.device)
+    return scores_TE.masked_fill(places_E < layer.experts.shared, torch.inf)
 
 
 def _ranks(values_TE: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from torch._dynamo.exc import InvalidBackend
 
 from torch_prunepath.bench import results as record
 from torch_prunepath.bench.build import build_dense, make_sparse, random_ids
-from torch_prunepath.bench.decoder import Decoder, Prefill, Work, logits_of
+from torch_prunepath.bench.decoder import Decoder, Prefill, Step, Work, logits_of
 from torch_prunepath.bench.gate import relative_rms
 from torch_prunepath.bench.layers import Usage
 from torch_prunepath.bench.options import DecodeOptions
+from torch_prunepath.bench.profile import add_profile, start_profiles
 from torch_prunepath.bench.requests import Requests, paired
 from torch_prunepath.bench.sides import CHECKED_CALLS, Measured, check_steps, describe, ready_steps, time_steps
 from torch_prunepath.bench.timing import copy_bandwidth
@@ -64,10 +65,13 @@ def run(options: DecodeOptions) -> dict[str, Any]:
     """
     with as_user_error(InvalidBackend):
         torch._dynamo.lookup_backend(options.backend)
+    start_profiles(options)
     bandwidth = copy_bandwidth(options.torch_device)
     results = record.begin("decode", options, bandwidth)
     results |= {"backend": options.backend, "context": options.context, "new_tokens": options.new_tokens}
     results |= {"prompts": [], "skipped": []}
+    if options.profile is not None:
+        results["profile"] = str(options.profile)
     # Each batch size and prompt length is a graph of its own.
     with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
         for name in options.geometries:
@@ -145,6 +149,7 @@ def _measure_dense(name: str, model: Any, makers: Sequence[Maker], options: Deco
         bounds.append(_bound(projections, work, expected_RV, options))
         check_steps(work, steps, expected_RV, bounds[-1], what)
         measured.append(time_steps(work, steps, options))
+        _profile(what, work, steps, measured[-1], options)
         logits.append(expected_RV.cpu())
     mode = measured[0].best if measured else options.dense_modes[0]
     requests = Requests(name, model, options, mode, "inductor").measure() if _has_requests(model, options) else []
@@ -164,6 +169,7 @@ def _measure_sparse(
             used = reach(model, work, sparsity, SEARCHED_CALLS)
             checked = _gate(model, work, steps, logits_RV.to(options.torch_device), bound, sparsity, what, options)
             found = time_steps(work, steps, options)
+            _profile(f"{what}, sparsity {sparsity:g}", work, steps, found, options)
             about = traffic(model, work, used, dense.weight_bytes, bandwidth)
             row = _row(name, model, work, sparsity, Usage.mean(list(used.values())), options)
             row |= about.row(measured.timing.median_us, found.timing.median_us)
@@ -171,6 +177,11 @@ def _measure_sparse(
             record.announce(rows[-1])
     mode = rows[0]["sparse_mode"] if rows else options.all_sparse_modes[0]
     return rows, _sparse_requests(name, model, dense.requests, mode, options)
+
+
+def _profile(what: str, work: Work, steps: Mapping[str, Step], found: Measured, options: DecodeOptions) -> None:
+    title = f"{what}, mode {found.best}: {found.timing.median_us:.1f} us a call without the profiler"
+    add_profile(options, title, work, steps[found.best])
 
 
 def _bound(modules: Iterable[nn.Module], work: Work, expected_RV: Tensor, options: DecodeOptions) -> float:

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.bench.layers import Layer
 from torch_prunepath.errors import UserError
 from torch_prunepath.ops import expand_experts
+from torch_prunepath.reference import router_scores_reference
 
 MASS_TOLERANCE = 1e-5
 """Experts whose mass_before lies this near to tau may be active or not."""
@@ -95,7 +97,7 @@ class _Reference:
         up_TF = linear(layer.up_FD, layer.up_bias_F)
         self.h_TF = act(up_TF) if layer.gate_FD is None else act(linear(layer.gate_FD, layer.gate_bias_F)) * up_TF
         self.layer = layer
-        self.scores_TE = linear(layer.router_ED, layer.router_bias_E)
+        self.scores_TE = router_scores_reference(x_TD, layer.router_ED, layer.router_bias_E, layer.normalise)
         self.down_FD = layer.down_FD.double()
         self.bias_D = 0.0 if layer.down_bias_D is None else layer.down_bias_D.double()
 
@@ -107,6 +109,8 @@ class _Reference:
         size, ffn_size = self.layer.expert_size, self.h_TF.shape[1]
         offset = self.layer.gate_offset
         gates_TE = None if offset is None else torch.sigmoid(self.scores_TE + offset)
+        if gates_TE is not None:
+            gates_TE[:, : self.layer.shared] = 1.0
         h_TF = self.h_TF if gates_TE is None else self.h_TF * expand_experts(gates_TE, size, ffn_size)
         mask_TE, open_TE = self._masks()
         y_TD = h_TF.masked_fill(~expand_experts(mask_TE, size, ffn_size), 0) @ self.down_FD + self.bias_D
@@ -122,7 +126,8 @@ class _Reference:
     def _masks(self) -> tuple[Tensor, Tensor]:
         """(surely active, may be active or not), each bool ``[T, E]``."""
         tau = float(self.layer.tau)
-        p_TE = torch.softmax(self.scores_TE, -1)
+        shared = self.layer.shared
+        p_TE = torch.softmax(self.scores_TE[:, shared:], -1)
         ranked_TE, order_TE = torch.sort(p_TE, dim=-1, descending=True, stable=True)
         mass_TE = ranked_TE.cumsum(-1)
         if self.layer.rule == "reach":
@@ -132,7 +137,8 @@ class _Reference:
         near_TE = ((mass_TE - tau).abs() <= MASS_TOLERANCE) & ~top_TE & (tau < 1)
         sure_TE = ((mass_TE < tau) | top_TE | torch.tensor(tau >= 1, device=mass_TE.device)) & ~near_TE
         blank_TE = torch.zeros_like(top_TE)
-        return blank_TE.scatter(-1, order_TE, sure_TE), blank_TE.scatter(-1, order_TE, near_TE)
+        sure_TE, near_TE = blank_TE.scatter(-1, order_TE, sure_TE), blank_TE.scatter(-1, order_TE, near_TE)
+        return nnf.pad(sure_TE, (shared, 0), value=True), nnf.pad(near_TE, (shared, 0), value=False)
 
     def _contributions(self, h_F: Tensor, experts_A: Tensor) -> Tensor:
         size = self.layer.expert_size

@@ -51,6 +51,8 @@ class Layer:
     gate_offset: float | None
     activation: str
     expert_size: int
+    normalise: bool = False
+    shared: int = 0
 
     @property
     def ffn_size(self) -> int:
@@ -74,6 +76,8 @@ class Layer:
             self.down_bias_D,
             self.activation,
             self.expert_size,
+            self.normalise,
+            self.shared,
         )
 
     def dense(self, x_TD: Tensor, layout: str) -> Tensor:
@@ -88,12 +92,19 @@ class Layer:
 
     def mask(self, x_TD: Tensor) -> Tensor:
         """Active experts, bool ``[T, E]``."""
-        return select_experts(router_scores(x_TD, self.router_ED, self.router_bias_E), self.tau, self.rule)
+        return select_experts(self.scores(x_TD), self.tau, self.rule, self.shared)
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """Router scores, float32 ``[T, E]``."""
+        return router_scores(x_TD, self.router_ED, self.router_bias_E, self.normalise)
 
     def set_sparsity(self, x_TD: Tensor, sparsity: float) -> None:
         """Put tau where this share of the experts is inactive, averaged over these tokens; 0 is tau = 1."""
-        scores_TE = router_scores(x_TD, self.router_ED, self.router_bias_E)
-        self.tau.fill_(tau_for(scores_TE, sparsity, self.rule))
+        scores_TE = self.scores(x_TD)
+        routed_TE = scores_TE[:, self.shared :]
+        # Of the experts that may be inactive, a larger share has to be.
+        share = min(1.0, sparsity * scores_TE.shape[1] / routed_TE.shape[1])
+        self.tau.fill_(tau_for(routed_TE, share, self.rule))
 
     @property
     def neuron_bytes(self) -> int:

@@ -139,6 +139,7 @@ class DecodeOptions(Options):
         sparse_modes: likewise for sparse.
         backend: ``torch.compile``'s backend of the sparse model.
         requests: prompts of different lengths whose latency is measured one by one.
+        profile: a file for where the time of one call goes, or None.
     """
 
     context: int
@@ -147,6 +148,7 @@ class DecodeOptions(Options):
     sparse_modes: Sequence[str] | None
     backend: str
     requests: int
+    profile: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,6 +159,8 @@ class DecodeOptions(Options):
         ):
             if value < least:
                 raise UserError(f"{option} takes whole numbers from {least}")
+        if self.profile and self.output and self.output.absolute() in self.profile.absolute().parents:
+            raise UserError(f"--output replaces its folder, and --profile {self.profile} with it: choose another place")
         for mode in {*self.dense_modes, *self.all_sparse_modes}:
             if mode not in MODES:
                 raise UserError(f"mode {mode!r} is not known: choose of {', '.join(MODES)}")

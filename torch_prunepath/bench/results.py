@@ -97,6 +97,8 @@ def render(results: Mapping[str, Any]) -> str:
     for request in results.get("prompts", []):
         lines.append(_request(request))
     lines += [f"not timed  {reason}" for reason in results.get("skipped", [])]
+    if "profile" in results:
+        lines += ["", f"profile    {results['profile']}"]
     if "output" in results:
         lines += ["", f"output     {results['output']}"]
     return "\n".join(lines)

@@ -11,9 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torch_prunepath.compile.graph import aten, calls, overload, same_shape, skip_reshapes
 from torch_prunepath.compile.linears import linears
-
-LINEARS_AT_ONCE = 3
-"""What the kernel of :func:`fuse_linears` takes: queries, keys and values."""
+from torch_prunepath.limits import LINEARS_AT_ONCE
 
 # --- fuse_linears -----------------------------------------------------------------------------------------------------
 

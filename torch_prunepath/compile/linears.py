@@ -20,7 +20,8 @@ def linears(x_TD: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tenso
 
     Args:
         x_TD: ``[T, D]``; on CUDA devices T is 1.
-        weights_DN: ``[D, N]`` each, any strides, in the dtype of ``x_TD``; on CUDA devices at most three.
+        weights_DN: ``[D, N]`` each, any strides, in the dtype of ``x_TD``; on CUDA devices at most
+            ``LINEARS_AT_ONCE`` of :mod:`torch_prunepath.limits`.
         biases_N: ``[N]`` or None for each layer.
 
     Returns:

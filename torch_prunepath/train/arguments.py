@@ -99,5 +99,7 @@ def refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             "torch_compile compiles the model as a whole: pass compile=True to PrunePathTrainer in its place"
         )
+    if args.ddp_find_unused_parameters:
+        raise ValueError("routers have losses of their own, outside the model: leave ddp_find_unused_parameters unset")
     if args.n_gpu > 1:
         raise ValueError("DataParallel copies the model for each batch: run one process a GPU, with torchrun")

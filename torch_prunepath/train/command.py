@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch_prunepath.settings import add_settings, given_settings
 
 SUMMARY = "Train a sparse model, or a dense one made sparse first, and save the checkpoint."
 
 
-def add_arguments(command: argparse.ArgumentParser, settings: Mapping[str, Any]) -> None:
-    """Say what the command takes. ``settings`` are the fields of ``SparsifyConfig`` and their types."""
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
     add = command.add_argument
     add("model", metavar="MODEL", help="name or folder of a causal language model, dense or sparse, or a GGUF file")
     add("-o", "--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
-    add("--recipe", default="ours", help="ours (one checkpoint for many sparsities; default), held (for one), paper")
+    add("--recipe", default="ours", help="ours (for many sparsities; default), held (for one), paper, lte")
     add(
         "--target-sparsity",
         type=float,
@@ -27,13 +28,7 @@ def add_arguments(command: argparse.ArgumentParser, settings: Mapping[str, Any])
     add("--save-every", type=int, default=500, metavar="STEPS", help="save the unfinished run (default: every 500)")
     _add_data(command.add_argument_group("data"))
     _add_training(command.add_argument_group("training"))
-    group = command.add_argument_group(
-        "settings", "fields of torch_prunepath.SparsifyConfig, which documents them, in place of the recipe's"
-    )
-    for name, kind in settings.items():
-        if name != "seed":
-            flag = f"--{name.replace('_', '-')}"
-            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__, dest=f"set_{name}")
+    add_settings(command, ", in place of the recipe's", leave_out=["seed"])
 
 
 def _add_data(group: Any) -> None:
@@ -65,6 +60,13 @@ def _add_training(group: Any) -> None:
     group.add_argument("--teacher", metavar="MODEL", help="the dense model for --distil, where it is not MODEL")
     group.add_argument("--routers-only", action="store_true", help="leave all weights but the routers' as they are")
     group.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay in float32")
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        metavar="HOW",
+        help="less time a step, after a minute or two: a mode of torch.compile (default: default) or a backend",
+    )
     group.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--device", help="where to run (default: cuda if there is any, else cpu)")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
@@ -81,14 +83,14 @@ def job(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     rates = {name: getattr(arguments, name) for name in ("lr", "router_lr")}
     same = [
         *("model", "eval_text", "output", "recipe", "target_sparsity", "steps", "tokens", "epochs", "batch"),
-        *("accumulation", "context", "distil", "teacher", "routers_only", "bf16", "checkpointing", "seed"),
+        *("accumulation", "context", "distil", "teacher", "routers_only", "bf16", "compile", "checkpointing", "seed"),
         *("save_every", "resume"),
     ]
     options = Options(
         source=Source(arguments.text, arguments.dataset, arguments.subset, arguments.split, arguments.text_column),
         fields=[*(f"{name}={value}" for name, value in rates.items() if value is not None), *arguments.fields],
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        settings={name[4:]: value for name, value in vars(arguments).items() if name.startswith("set_")},
+        settings=given_settings(arguments),
         **{name: getattr(arguments, name) for name in same},
     )
     results = run(options, arguments.command_line)

@@ -14,6 +14,8 @@ Decay = Literal["cosine", "linear", "constant"]
 
 LOSSES = ("task", "entropy", "load_balance", "lte_separation", "contribution_fit", "distill_logits", "distill_ffn")
 """Names of the loss weights, in the order in which terms are reported."""
+ROUTER_LOSSES = ("entropy", "load_balance", "lte_separation", "contribution_fit")
+"""Those whose gradient reaches routers without going through the model's output."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class TrainConfig:
             raise ValueError("phases must hold at least one Phase, for instance phases=(hold(0.7),)")
         if not 0.0 < self.control_rate < 1.0:
             raise ValueError(f"control_rate={self.control_rate} is outside (0, 1): 0.3 suits most")
+
+    @property
+    def trains_routers_apart(self) -> bool:
+        """Whether a loss in ``ROUTER_LOSSES`` is on."""
+        return bool(self.losses.keys() & set(ROUTER_LOSSES))
 
     @property
     def losses(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_prunepath import report
-from torch_prunepath.config import SparsifyConfig
+from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.corpus import TEST_WINDOWS, windows
 from torch_prunepath.errors import UserError, as_user_error, one_line
 from torch_prunepath.evaluate import perplexity
@@ -25,11 +25,11 @@ from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.manifest import attached
 from torch_prunepath.models import load_model, longest_context
 from torch_prunepath.output import check_room, output_folder, writing
-from torch_prunepath.sparsify import sparsify
-from torch_prunepath.sparsity import record_sparsity, set_sparsity, set_tau
+from torch_prunepath.sparsity import SparsityRecord, record_sparsity, set_sparsity, set_tau
 from torch_prunepath.train.loop import steps_of, train
 from torch_prunepath.train.material import Batches, Source, train_windows
 from torch_prunepath.train.plan import Options
+from torch_prunepath.train.stages import Later, check_start, convert, enter
 from torch_prunepath.train.state import Record, TrainState
 
 SEARCH_WINDOWS = 4
@@ -69,6 +69,8 @@ def run(options: Options, command_line: str = "") -> dict[str, Any]:
             session.tokenizer.save_pretrained(folder)
             described = json.dumps({**results, "history": history}, indent=1, allow_nan=False)
             (folder / "training.json").write_text(described + "\n", encoding="utf-8")
+            base, measured = hub_name(options.model), _on_card(results)
+            write_card(session.model, folder, base_model=base, record=session.record, measured=measured)
     unfinished.remove()
     return results
 
@@ -95,9 +97,9 @@ class Unfinished:
         steps = {int(path.name.removeprefix("step-")): path for path in self.folder.glob("step-*")}
         return steps[max(steps)] if steps else None
 
-    def save(self, session: _Session, state: TrainState) -> None:
-        """Save a state; the one before goes once it is complete."""
-        path = self.folder / f"step-{state.step}"
+    def save(self, session: _Session, state: TrainState, step: int) -> None:
+        """Save a state after so many steps of all stages; the one before goes once it is complete."""
+        path = self.folder / f"step-{step}"
         with output_folder(path, ours=lambda _: True) as folder, writing(path):
             session.model.save_pretrained(folder / "model")
             session.tokenizer.save_pretrained(folder / "model")
@@ -121,19 +123,22 @@ class Kept:
         dtype: that the checkpoint's weights will have, without ``torch.``.
         rows: what was measured before training.
         history: records of the steps so far.
+        stage: the state's, counted from 0.
     """
 
     data: str
     dtype: str
     rows: list[dict[str, Any]]
     history: list[Record]
+    stage: int = 0
 
 
 class _Session:
     def __init__(self, options: Options, text: str, saved: Path | None) -> None:
         self.options, self.saved = options, saved
+        self.record: SparsityRecord | None = None  # of what was measured last
         self.model, self.tokenizer = load_model(options.model if saved is None else str(saved / "model"))
-        self.sparse = any(isinstance(module, RoutedExperts) for module in self.model.modules())
+        self.sparse = saved is not None or check_start(self.model, options.recipe, options.model)
         if self.sparse and saved is None and options.settings:
             name = next(iter(options.settings)).replace("_", "-")
             raise UserError(f"{options.model} is sparse already: leave --{name} out, or start from the dense model")
@@ -141,7 +146,7 @@ class _Session:
         self.window_NC = train_windows(text, self.tokenizer, context)
         self.eval_NC = self._eval_windows(context)
         self.batches = Batches(self.window_NC, options.batch, options.seed)
-        self.config = options.config(len(self.batches))
+        self.stages = options.stages(len(self.batches))
         self.teacher = self._teacher()
         self.kept = Kept(self.batches.fingerprint(), str(self.model.dtype).removeprefix("torch."), [], [])
         if saved is not None:
@@ -190,17 +195,8 @@ class _Session:
         if options.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with as_user_error(ValueError):
-            steps = steps_of(self.config, self.batches)
-            state = TrainState(self.model, self.config)
-            if self.saved is not None:
-                state.load_state_dict(torch.load(self.saved / "state.pt", map_location="cpu", weights_only=True))
-
-            def note(state: TrainState, record: Record) -> None:
-                self.kept.history.append(record)
-                if state.step % options.save_every == 0 and state.step < steps:
-                    unfinished.save(self, state)
-
-            train(self.model, self.batches, self.config, teacher=self.teacher, state=state, callback=note)
+            for stage in range(self.kept.stage, len(self.stages)):
+                self._train(stage, unfinished)
         self.teacher = None
         if options.checkpointing:
             self.model.gradient_checkpointing_disable()
@@ -210,7 +206,8 @@ class _Session:
         return {
             "model": report.model(options.model, self.model),
             "recipe": options.recipe,
-            "config": self.config.to_dict(),
+            "config": self.stages[-1].to_dict(),
+            "stages": [config.to_dict() for config in self.stages],
             "experts": None if made is None else asdict(made.config),
             "data": {"name": options.source.name, "context": self.window_NC.shape[1], "tokens": self.window_NC.numel()},
             "eval": None if self.eval_NC is None else {"name": options.eval_text, "tokens": self.eval_NC.numel()},
@@ -224,22 +221,40 @@ class _Session:
             "history": history,
         }
 
+    def _train(self, stage: int, unfinished: Unfinished) -> None:
+        """One stage, from the saved state if that is of this one."""
+        config, before = self.stages[stage], sum(steps_of(each, self.batches) for each in self.stages[:stage])
+        enter(self.model, self.options.recipe, stage)
+        steps = steps_of(config, self.batches)
+        state = TrainState(self.model, config)
+        if self.saved is not None:
+            state.load_state_dict(torch.load(self.saved / "state.pt", map_location="cpu", weights_only=True))
+        self.kept.stage, self.saved = stage, None
+
+        def note(state: TrainState, record: Record) -> None:
+            self.kept.history.append({**record, "step": before + record["step"]})
+            if (before + state.step) % self.options.save_every == 0 and state.step < steps:
+                unfinished.save(self, state, before + state.step)
+
+        batches = Later(self.batches, before * config.accumulation)
+        extras = {"teacher": self.teacher, "state": state, "compile": self.options.compile or False}
+        train(self.model, batches, config, callback=note, **extras)
+
     def _before(self) -> None:
         """Make a dense model sparse; measure."""
         if not self.sparse:
             if self.eval_NC is not None:
                 self.kept.rows.append({"name": "dense", "tau": 1.0, **self._perplexity("dense")})
-            self._sparsify(self.options.experts())
+            self._convert()
         self.kept.rows += self._measured("before")
 
-    def _sparsify(self, config: SparsifyConfig) -> None:
-        data = None
+    def _convert(self) -> None:
+        config, data = self.options.experts(), None
         if config.needs_data:
             rows = max(1, config.calibration_tokens // self.window_NC.shape[1])
             some_N = torch.linspace(0, len(self.window_NC) - 1, min(rows, len(self.window_NC))).round().long()
             data = [self.window_NC[some_N].to(self.model.device)]
-        with as_user_error(ValueError):
-            sparsify(self.model, config=config, calibration=data)
+        convert(self.model, self.options.recipe, config, data)
 
     def _measured(self, when: str) -> list[dict[str, Any]]:
         """With every expert, then at the target, where tau stays."""
@@ -252,17 +267,28 @@ class _Session:
         with as_user_error(ValueError):
             tau = set_sparsity(self.model, target, some_NC)
         name = f"{when}, {target:.0%} asked"
-        found = {"sparsity": target} if self.eval_NC is None else self._perplexity(name)
-        return [*rows, {"name": name, "tau": tau, **found}]
+        if self.eval_NC is not None:
+            return [*rows, {"name": name, "tau": tau, **self._perplexity(name)}]
+        with record_sparsity(self.model) as self.record, torch.inference_mode():
+            for window_C in some_NC.to(self.model.device):
+                self.model(input_ids=window_C[None], use_cache=False)
+        return [*rows, {"name": name, "tau": tau, "sparsity": self.record.sparsity}]
 
     def _perplexity(self, title: str) -> dict[str, float]:
         assert self.eval_NC is not None
         with as_user_error(ValueError):
             if not any(isinstance(module, RoutedExperts) for module in self.model.modules()):
                 return {"sparsity": 0.0, "perplexity": perplexity(self.model, self.eval_NC, title=title)}
-            with record_sparsity(self.model) as record:
+            with record_sparsity(self.model) as self.record:
                 found = perplexity(self.model, self.eval_NC, title=title)
-        return {"sparsity": record.sparsity, "perplexity": found}
+        return {"sparsity": self.record.sparsity, "perplexity": found}
+
+
+def _on_card(results: Mapping[str, Any]) -> dict[str, str]:
+    """What the model card tells besides the sparsity of each layer."""
+    rows = {row["name"]: row for row in results["rows"] if "perplexity" in row}
+    measured = {"recipe": f"{results['recipe']}, {results['steps']} steps", "tau": f"{results['tau']:.6g}"}
+    return measured | {f"perplexity, {name}": f"{row['perplexity']:.2f}" for name, row in rows.items()}
 
 
 def render(results: Mapping[str, Any]) -> str:

@@ -18,13 +18,14 @@ from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.errors import UserError, as_user_error
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.material import Source
-from torch_prunepath.train.recipes import RECIPES
+from torch_prunepath.train.recipes import LTE_RECIPE, RECIPES
 
 EXPERTS: Mapping[str, SparsifyConfig] = MappingProxyType(
     {
         "paper": SparsifyConfig(
             expert_size=32, partition="kmeans", router="zero", rule="below", gate="sigmoid", budget="uniform"
-        )
+        ),
+        LTE_RECIPE: SparsifyConfig(expert_size=32, partition="kmeans", router="zero", budget="uniform"),
     }
 )
 """How a dense model is made sparse for a recipe; one that is not named goes with the default ``SparsifyConfig()``."""
@@ -52,6 +53,7 @@ class Options:
         teacher: the dense model, where it is not ``model``.
         routers_only: leave all other weights as they are.
         bf16: compute in bfloat16 autocast.
+        compile: the mode or backend of ``torch.compile`` that the model's blocks run through, or None.
         checkpointing: compute activations again in the backward pass, to save memory.
         device: where to run.
         seed: of everything random.
@@ -77,6 +79,7 @@ class Options:
     teacher: str | None
     routers_only: bool
     bf16: bool
+    compile: str | None
     checkpointing: bool
     device: str
     seed: int
@@ -102,6 +105,8 @@ class Options:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
         if sum(value is not None for value in (self.steps, self.tokens, self.epochs)) > 1:
             raise UserError("--steps, --tokens and --epochs all say how long to train: give one of them")
+        if self.compile and self.checkpointing:
+            raise UserError("--compile and --checkpointing exclude each other: compiled blocks cannot be run again")
         if self.context < 2:
             raise UserError(f"--context {self.context} leaves nothing to predict: give at least 2")
         if not _is_there(self.device):
@@ -111,8 +116,19 @@ class Options:
         self.source.check()
         if self.eval_text is not None:
             Source(self.eval_text).check()
+        if self.recipe == LTE_RECIPE:
+            self._check_lte()
         self.experts()
-        self.config(batches=1000)
+        self.stages(batches=1000)
+
+    def _check_lte(self) -> None:
+        fixed = next((name for name in self.settings if name != "expert_size"), None)
+        if fixed is not None:
+            raise UserError(f"--recipe lte has experts and routers of its own: leave --{fixed.replace('_', '-')} out")
+        if self.routers_only:
+            raise UserError("--recipe lte trains all weights, in its second stage without routers: no --routers-only")
+        if self.compile:
+            raise UserError("--recipe lte selects experts by a hook, which is not compiled: leave --compile out")
 
     def experts(self) -> SparsifyConfig:
         """How a dense model is made sparse.
@@ -124,8 +140,8 @@ class Options:
             base = dataclasses.replace(EXPERTS.get(self.recipe, SparsifyConfig()), seed=self.seed)
             return dataclasses.replace(base, **self.settings)
 
-    def config(self, batches: int) -> TrainConfig:
-        """How it is trained.
+    def stages(self, batches: int) -> tuple[TrainConfig, ...]:
+        """How it is trained, stage after stage.
 
         Args:
             batches: of one pass over the data.
@@ -141,6 +157,8 @@ class Options:
         given = {name: value for name, value in (known | fields).items() if name in parameters}
         changes = {name: value for name, value in fields.items() if name not in parameters}
         names = {field.name for field in dataclasses.fields(TrainConfig)} - {"steps", "epochs", "phases"}
+        if self.recipe == LTE_RECIPE:
+            names -= {"lte_separation", "separation_eta", "train"}  # not the same in both stages
         unknown = sorted(changes.keys() - names)
         if unknown:
             choices = ", ".join(sorted(names | set(parameters)))
@@ -151,20 +169,22 @@ class Options:
         if self.distil is not None:
             changes["distill_logits"] = self.distil
         with as_user_error(ValueError, TypeError):
-            config = recipe(**given)
-            if config.steps is None and (self.steps or self.tokens):
+            made = recipe(**given)
+            stages = made if isinstance(made, tuple) else (made,)
+            if stages[0].steps is None and (self.steps or self.tokens):
                 changes |= {"steps": steps, "epochs": None}
-            config = dataclasses.replace(config, **changes)
-        if config.distill_logits and self.distil is None:
+            stages = tuple(dataclasses.replace(config, **changes) for config in stages)
+        if stages[0].distill_logits and self.distil is None:
             raise UserError("distill_logits needs the dense model: give --distil WEIGHT in place of --set")
-        return config
+        return stages
 
     def _steps(self, batches: int) -> int:
         if self.steps is not None:
             return self.steps
         if self.tokens is not None:
             return math.ceil(self.tokens / (self.batch * self.accumulation * self.context))
-        return math.ceil((self.epochs or 1.0) * batches / self.accumulation)
+        stages = 2 if self.recipe == LTE_RECIPE else 1  # of the recipes that count steps
+        return math.ceil(stages * (self.epochs or 1.0) * batches / self.accumulation)
 
 
 def _is_there(device: str) -> bool:

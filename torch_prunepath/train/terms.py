@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_prunepath.data import Inputs
 from torch_prunepath.train import losses
 from torch_prunepath.train.batches import logit_weights, on_device
-from torch_prunepath.train.config import TrainConfig
+from torch_prunepath.train.config import ROUTER_LOSSES, TrainConfig
 from torch_prunepath.train.shard import check_sharded
 from torch_prunepath.train.tape import RoutedCall, RoutingTape
 from torch_prunepath.train.targets import beside_the_layer, dense_output, fit_sample, sample_start, sample_tokens
@@ -28,11 +28,10 @@ def check_model(model: nn.Module, tape: RoutingTape, config: TrainConfig, teache
     if teacher is not None and not config.distill_logits:
         raise ValueError("a teacher is given, but distill_logits is 0: give it a weight, or leave the teacher out")
     gates = {layer.experts.gate for layer in tape.layers.values()}
-    reaches_scores = ("entropy", "load_balance", "lte_separation", "contribution_fit")
-    if config.train == "routers" and gates == {"one"} and not config.losses.keys() & set(reaches_scores):
+    if config.train == "routers" and gates == {"one"} and not config.trains_routers_apart:
         raise ValueError(
             "nothing trains the routers: with gate='one' the model's output has no gradient towards them; "
-            f"give one of {', '.join(reaches_scores)} a weight"
+            f"give one of {', '.join(ROUTER_LOSSES)} a weight"
         )
     check_sharded(model, config)
 

@@ -83,6 +83,9 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         if compile:
             check_compilable(model, self.train_config, checkpointing=args.gradient_checkpointing)
         self.teacher, self._compile = teacher, compile
+        if self.train_config.trains_routers_apart:
+            # DistributedDataParallel would look for unused parameters in the model's output, and find routers there.
+            args.ddp_find_unused_parameters = False
         self._objective: Objective | None = None
         self._unlogged: list[Record] = []
         self._logged = -1
