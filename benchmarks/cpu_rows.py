@@ -32,7 +32,8 @@ from torch import Tensor
 from torch_prunepath import cpu_rows, ops
 from torch_prunepath.bench.results import commit
 from torch_prunepath.config import num_experts
-from torch_prunepath.fused import sparse_ffn
+from torch_prunepath.cpu import routed_ffn
+from torch_prunepath.cpu_packs import Packs
 from torch_prunepath.report import machine
 from torch_prunepath.select import mask_from_scores
 
@@ -70,13 +71,14 @@ class Layer:
     router_ED: Tensor
     tau: Tensor
     mask_TE: Tensor
+    packs: Packs | None = None
 
     def dense(self, x_TD: Tensor) -> Tensor:
         return nnf.linear(nnf.silu(nnf.linear(x_TD, self.gate_FD)) * nnf.linear(x_TD, self.up_FD), self.down_DF)
 
     def sparse(self, x_TD: Tensor, size: int) -> Tensor:
         weights = self.up_FD, None, self.gate_FD, None, self.down_FD, None
-        return sparse_ffn(x_TD, self.router_ED, None, self.tau, "reach", None, *weights, "silu", size)
+        return routed_ffn(x_TD, self.router_ED, None, self.tau, "reach", None, *weights, "silu", size, packs=self.packs)
 
     def operators(self, x_TD: Tensor, size: int) -> Tensor:
         mask_TE = ops.select_experts(ops.router_scores(x_TD, self.router_ED, None), self.tau, "reach")
@@ -121,7 +123,8 @@ def set_sparsity(layers: list[Layer], x_TD: Tensor, sparsity: float) -> float:
 def time_all(series: list[list[Call]], seconds: float) -> list[tuple[float, float]]:
     """(median, minimum) in microseconds of every series of calls, in turns."""
     for calls in series:
-        calls[0]()
+        for call in calls * 2:  # the second call of a layer makes its copies
+            call()
     times: list[list[float]] = [[] for _ in series]
     end = time.perf_counter() + seconds * len(series)
     while time.perf_counter() < end:
@@ -178,10 +181,12 @@ def line(row: Row) -> str:
     return f"| {' | '.join(cell(*item) for item in row.items())} |"
 
 
-def measure(plan: Plan, function: Measure, seconds: float, gigabytes: float) -> Iterator[Row]:
+def measure(plan: Plan, function: Measure, seconds: float, gigabytes: float, copies: str) -> Iterator[Row]:
     for name in plan.dtypes:
         dtype = getattr(torch, name)
         layers = build(plan.geometry, plan.expert_size, dtype, gigabytes * 1e9)
+        for layer in layers:
+            layer.packs = {"none": None, "down": Packs(), "all": Packs(every=True)}[copies]
         for batch in plan.batches:
             x_TD = torch.randn(batch, GEOMETRIES[plan.geometry][0]).to(dtype)
             for sparsity in plan.sparsities:
@@ -225,6 +230,7 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.8, 0.9])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of weights that take turns")
+    parser.add_argument("--copies", default="none", choices=["none", "down", "all"], help="reordered ones, in bfloat16")
     parser.add_argument("--parts", action="store_true", help="one projection each, in place of the whole FFN")
     parser.add_argument("--published", action="store_true", help="the published table, whatever else is asked for")
     parser.add_argument("-o", "--output", type=Path, help="folder for cpu-rows.json and cpu-rows.md")
@@ -234,7 +240,7 @@ def main() -> None:
     rows: list[Row] = []
     print(f"{machine()}, {torch.get_num_threads()} threads")
     for plan in published() if args.published else asked:
-        for row in measure(plan, parts if args.parts else whole, args.seconds, args.gigabytes):
+        for row in measure(plan, parts if args.parts else whole, args.seconds, args.gigabytes, args.copies):
             if not rows:
                 print(f"| {' | '.join(row)} |")
             rows.append(row)
@@ -244,5 +250,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode, whose weights have no versions
         main()

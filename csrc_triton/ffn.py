@@ -15,26 +15,30 @@ from torch_prunepath.csrc_triton.linear import linears as linears
 from torch_prunepath.csrc_triton.masked import activate_masked_
 from torch_prunepath.csrc_triton.order import list_experts, workspace
 from torch_prunepath.csrc_triton.rank import rank
-from torch_prunepath.csrc_triton.router import router_one, router_split
+from torch_prunepath.csrc_triton.router import late_norm, router_one, router_split
 from torch_prunepath.csrc_triton.select import select_experts as select_experts
 from torch_prunepath.csrc_triton.select import select_weights
 from torch_prunepath.csrc_triton.up import up
-
-UNION_TOKENS = 16
-"""Up to so many tokens read the union of their experts; more compute every neuron and zero inactive ones."""
+from torch_prunepath.limits import UNION_TOKENS
+from torch_prunepath.rms import inverse_rms
 
 RANK_PAIRS = 8_000_000
 """Up to so many pairs of experts over all tokens, selection compares all scores with all; beyond, it searches.
 One token always compares: that also lists its experts. Measured on an H100, see docs/log.md."""
 
 
-def router_scores(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+def router_scores(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor | None, normalise: bool = False) -> Tensor:
     """See :func:`torch_prunepath.ops.router_scores`."""
     if x_TD.dtype == router_ED.dtype and x_TD.dtype in (torch.bfloat16, torch.float16) and x_TD.is_cuda:
         # Products of two half precision numbers are exact in float32: the same as casting both first.
         scores_TE = torch.mm(x_TD, router_ED.t(), out_dtype=torch.float32)
-        return scores_TE if bias_E is None else scores_TE + bias_E.float()
-    return nnf.linear(x_TD.float(), router_ED.float(), None if bias_E is None else bias_E.float())
+    elif normalise:
+        scores_TE = nnf.linear(x_TD.float(), router_ED.float())
+    else:
+        return nnf.linear(x_TD.float(), router_ED.float(), None if bias_E is None else bias_E.float())
+    if normalise:
+        scores_TE *= inverse_rms(x_TD)
+    return scores_TE if bias_E is None else scores_TE + bias_E.float()
 
 
 def compares(tokens: int, experts: int) -> bool:
@@ -57,6 +61,8 @@ def sparse_ffn(
     down_bias_D: Tensor | None,
     activation: str,
     expert_size: int,
+    normalise: bool = False,
+    shared: int = 0,
 ) -> Tensor:
     """See :func:`torch_prunepath.fused.sparse_ffn`."""
     up_args = (up_FD, up_bias_F, gate_FD, gate_bias_F, activation, expert_size)
@@ -65,18 +71,22 @@ def sparse_ffn(
         return torch.empty_like(x_TD)
     if T > UNION_TOKENS:
         with beside(x_TD) as join:
-            scores_PTE = router_scores(x_TD, router_ED, router_bias_E).unsqueeze(0)
-            mask_TE, weights_TE = select_weights(scores_PTE, tau, rule, gate_offset)
+            scores_PTE = router_scores(x_TD, router_ED, router_bias_E, normalise).unsqueeze(0)
+            mask_TE, weights_TE = select_weights(scores_PTE, tau, rule, gate_offset, shared=shared)
         pre_TF, gate_TF = _pre(x_TD, *up_args[:4])
         join()
         h_TF = activate_masked_(pre_TF, gate_TF, mask_TE, weights_TE, activation, expert_size)
         return nnf.linear(h_TF, down_FD.t(), down_bias_D)
     work = workspace(router_ED.shape[0], column_blocks(T, D), x_TD.device)
-    parts_PTE = (router_one if T == 1 else router_split)(x_TD, router_ED, router_bias_E, work)
-    if compares(T, router_ED.shape[0]):
-        mask_TE, weights_TE = rank(parts_PTE, tau, rule, gate_offset, work)
+    late = late_norm(x_TD, router_bias_E) if normalise and T > 1 else None
+    if T == 1:
+        parts_PTE = router_one(x_TD, router_ED, router_bias_E, work, normalise)
     else:
-        mask_TE, weights_TE = select_weights(parts_PTE, tau, rule, gate_offset, work.used_E)
+        parts_PTE = router_split(x_TD, router_ED, router_bias_E, work, late)
+    if compares(T, router_ED.shape[0]):
+        mask_TE, weights_TE = rank(parts_PTE, tau, rule, gate_offset, work, late, shared)
+    else:
+        mask_TE, weights_TE = select_weights(parts_PTE, tau, rule, gate_offset, work.used_E, late, shared)
     # Of one token nothing is lost by storing sums as they are.
     h_TF = torch.empty(T, up_FD.shape[0], dtype=torch.float32 if T == 1 else x_TD.dtype, device=x_TD.device)
     up(x_TD, mask_TE, None if gate_offset is None else weights_TE, *up_args, work, h_TF)

@@ -77,6 +77,12 @@ def begin(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def inverse_rms(squares, D, EPSILON: tl.constexpr):
+    """``torch_prunepath.rms.inverse_rms`` from a sum of squares."""
+    return 1.0 / tl.sqrt(squares / D + EPSILON)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """``torch_prunepath.activations`` in float32."""
     if ACTIVATION == "silu":

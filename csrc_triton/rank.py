@@ -13,6 +13,8 @@ from torch import Tensor
 
 from torch_prunepath.csrc_triton.jit import begin, launch_options, overlaps
 from torch_prunepath.csrc_triton.order import Workspace
+from torch_prunepath.csrc_triton.router import LateNorm, finish
+from torch_prunepath.rms import EPSILON
 
 
 @triton.jit
@@ -24,7 +26,10 @@ def _rank(
     order_ptr,
     used_ptr,
     count_ptr,
+    squares_ptr,
+    bias_ptr,
     E,
+    D,
     gate_offset,
     stride_part,
     stride_t,
@@ -32,8 +37,12 @@ def _rank(
     BELOW: tl.constexpr,
     SIGMOID: tl.constexpr,
     ONE: tl.constexpr,
+    SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    EPSILON: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """ROWS experts of one token, whose scores are the sum of PARTS parts."""
@@ -47,6 +56,11 @@ def _rank(
     for part in tl.static_range(1, PARTS):
         z += tl.load(at + part * stride_part + j, mask=j < E, other=0.0)
         score += tl.load(at + part * stride_part + e, mask=e < E, other=0.0)
+    if NORM:
+        z = finish(z, squares_ptr, bias_ptr, t, j, E, D, PARTS, BIAS, EPSILON)
+        score = finish(score, squares_ptr, bias_ptr, t, e, E, D, PARTS, BIAS, EPSILON)
+    if SHARED > 0:
+        z = tl.where(j < SHARED, -float("inf"), z)
     tau = tl.load(tau_ptr)
     p = tl.exp(z - tl.max(z, axis=0))
     total = tl.sum(p, axis=0)
@@ -61,8 +75,12 @@ def _rank(
     # As numbers: the interpreter cannot join a block of bools and a single one. A token with a NaN has every expert.
     broken = (total != total).to(tl.int32)
     active = (active.to(tl.int32) + (tau >= 1.0).to(tl.int32) + broken > 0) & (e < E)
-    tl.store(mask_ptr + t * E + e, active, mask=e < E)
     weight = tl.sigmoid(score + gate_offset) if SIGMOID else tl.full((ROWS,), 1.0, tl.float32)
+    if SHARED > 0:
+        active = active | (e < SHARED)
+        weight = tl.where(e < SHARED, 1.0, weight)
+        rank = tl.where(e < SHARED, e, rank + SHARED)
+    tl.store(mask_ptr + t * E + e, active, mask=e < E)
     tl.store(weights_ptr + t * E + e, tl.where(active, weight, 0.0), mask=e < E)
     if ONE:
         # Sums of one shape are monotone in their terms, rounding included: the active experts have ranks 0 to K-1.
@@ -83,7 +101,13 @@ def _config(tokens: int, experts: int) -> dict[str, int]:
 
 
 def rank(
-    parts_PTE: Tensor, tau: Tensor, rule: str, gate_offset: float | None, work: Workspace
+    parts_PTE: Tensor,
+    tau: Tensor,
+    rule: str,
+    gate_offset: float | None,
+    work: Workspace,
+    late: LateNorm | None = None,
+    shared: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, 0 where inactive.
 
@@ -93,6 +117,8 @@ def rank(
         rule: ``"reach"`` or ``"below"``.
         gate_offset: gates are ``sigmoid(score + gate_offset)``; None: 1.
         work: cleared. One token's experts are listed there; of several tokens, which experts are in use.
+        late: what is to be done to the sums, or None.
+        shared: the first so many experts are active with gate 1.
     """
     parts, T, E = parts_PTE.shape
     mask_TE = torch.empty(T, E, dtype=torch.bool, device=parts_PTE.device)
@@ -106,7 +132,9 @@ def rank(
         work.order_E,
         work.used_E,
         work.length,
+        *(late or (None, None))[:2],
         E,
+        0 if late is None else late.hidden,
         0.0 if gate_offset is None else gate_offset,
         parts_PTE.stride(0),
         parts_PTE.stride(1),
@@ -114,7 +142,11 @@ def rank(
         BELOW=rule == "below",
         SIGMOID=gate_offset is not None,
         ONE=T == 1,
+        SHARED=shared,
         BLOCK_E=triton.next_power_of_2(E),
+        NORM=late is not None,
+        BIAS=late is not None and late.bias_E is not None,
+        EPSILON=EPSILON,
         OVERLAP=overlaps(mask_TE),
         **config,
         **launch_options(mask_TE),

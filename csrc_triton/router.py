@@ -5,13 +5,19 @@ Shapes: T tokens, D hidden size, E experts.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_prunepath.csrc_triton.jit import begin, interpreted, launch_options, overlaps
+from torch_prunepath.csrc_triton.jit import begin, interpreted, inverse_rms, launch_options, overlaps
 from torch_prunepath.csrc_triton.order import Workspace, clear
+from torch_prunepath.rms import EPSILON
+
+SPLIT_BLOCK = 128
+"""Columns that a program of several tokens' router reads at a time."""
 
 
 @triton.jit
@@ -32,6 +38,8 @@ def _router_one(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    EPSILON: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
@@ -41,12 +49,17 @@ def _router_one(
     d = tl.arange(0, BLOCK_D)
     row_ptr = weight_ptr + e.to(tl.int64)[:, None] * stride_e
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    squares = tl.zeros((BLOCK_D,), tl.float32)
     for start in tl.static_range(0, D, BLOCK_D):
         x = tl.load(x_ptr + (start + d).to(tl.int64) * stride_x, mask=start + d < D, other=0.0).to(tl.float32)
         inside = (e < E)[:, None] & (start + d < D)[None, :]
         w = tl.load(row_ptr + (start + d)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
         acc += w * x[None, :]
+        if NORM:
+            squares += x * x
     scores = tl.sum(acc, axis=1)
+    if NORM:
+        scores *= inverse_rms(tl.sum(squares, axis=0), D, EPSILON)
     if BIAS:
         scores += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
     tl.store(scores_ptr + e, scores, mask=e < E)
@@ -59,7 +72,9 @@ def _config(hidden: int) -> dict[str, int]:
     return {"ROWS": 2, "BLOCK_D": 1024, "num_warps": 4}
 
 
-def router_one(x_1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None, work: Workspace) -> Tensor:
+def router_one(
+    x_1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None, work: Workspace, normalise: bool = False
+) -> Tensor:
     """Scores of one token, float32 ``[1, 1, E]``; clears ``work`` on the way."""
     E, D = weight_ED.shape
     parts_PTE = torch.empty(1, 1, E, dtype=torch.float32, device=x_1D.device)
@@ -76,6 +91,8 @@ def router_one(x_1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None, work: Wor
         *weight_ED.stride(),
         D=D,
         BIAS=bias_E is not None,
+        NORM=normalise,
+        EPSILON=EPSILON,
         OVERLAP=overlaps(x_1D),
         **config,
         **launch_options(x_1D),
@@ -89,6 +106,7 @@ def _router_split(
     weight_ptr,
     bias_ptr,
     partial_ptr,
+    squares_ptr,
     used_ptr,
     count_ptr,
     arrivals_ptr,
@@ -106,9 +124,13 @@ def _router_split(
     BLOCK_D: tl.constexpr,
     BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
+    NORM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Scores of several tokens over one part of D: ``partial[split, t, e]``; the bias is in split 0."""
+    """Scores of several tokens over one part of D: ``partial[split, t, e]``; the bias is in split 0.
+
+    With NORM there is no bias, and the sum of x^2 over this part goes to ``squares[t, split]``.
+    """
     begin(OVERLAP)
     pid, split = tl.program_id(0), tl.program_id(1)
     if split == 0:
@@ -116,33 +138,79 @@ def _router_split(
     e = pid * ROWS + tl.arange(0, ROWS)
     t = tl.arange(0, BLOCK_T)
     acc = tl.zeros((BLOCK_T, ROWS), tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for step in range(SHARE):
         d = (split * SHARE + step) * BLOCK_D + tl.arange(0, BLOCK_D)
         x_at = x_ptr + t.to(tl.int64)[:, None] * stride_t + d[None, :] * stride_x
         x = tl.load(x_at, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
         w_at = weight_ptr + e.to(tl.int64)[None, :] * stride_e + d[:, None] * stride_d
         w = tl.load(w_at, mask=(e < E)[None, :] & (d < D)[:, None], other=0.0)
+        if NORM:
+            squares += x.to(tl.float32) * x.to(tl.float32)
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision="ieee")
     if BIAS and split == 0:
         acc += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    if NORM and pid == 0:
+        tl.store(squares_ptr + t * tl.num_programs(1) + split, tl.sum(squares, axis=1), mask=t < T)
     out = partial_ptr + (split * T + t).to(tl.int64)[:, None] * E + e[None, :]
     tl.store(out, acc, mask=(t < T)[:, None] & (e < E)[None, :])
 
 
-def router_split(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, work: Workspace) -> Tensor:
-    """Parts of the scores, float32 ``[splits, T, E]``, to be summed; clears ``work`` on the way."""
+@triton.jit
+def finish(score, squares_ptr, bias_ptr, t, e, E, D, PARTS: tl.constexpr, BIAS: tl.constexpr, EPSILON: tl.constexpr):
+    """What a :class:`LateNorm` says, of experts ``e`` of token ``t``; -inf where there is no such expert."""
+    squares = tl.load(squares_ptr + t * PARTS)
+    for part in tl.static_range(1, PARTS):
+        squares += tl.load(squares_ptr + t * PARTS + part)
+    score *= inverse_rms(squares, D, EPSILON)
+    if BIAS:
+        score += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+    return tl.where(e < E, score, -float("inf"))
+
+
+class LateNorm(NamedTuple):
+    """What is still to be done to a sum of parts, because no part knows the whole token: ``sum / rms(x) + bias``.
+
+    Attributes:
+        squares_TP: float32, each part's sum of ``x^2``.
+        bias_E: the router's, or None.
+        hidden: D.
+    """
+
+    squares_TP: Tensor
+    bias_E: Tensor | None
+    hidden: int
+
+
+def late_norm(x_TD: Tensor, bias_E: Tensor | None) -> LateNorm:
+    """For :func:`router_split` to fill, and for the selection to apply."""
+    T, D = x_TD.shape
+    return LateNorm(torch.empty(T, _splits(D), dtype=torch.float32, device=x_TD.device), bias_E, D)
+
+
+def _splits(hidden: int) -> int:
+    return min(4, triton.cdiv(hidden, SPLIT_BLOCK))  # type: ignore[no-any-return]
+
+
+def router_split(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, work: Workspace, late: LateNorm | None = None
+) -> Tensor:
+    """Parts of the scores, float32 ``[splits, T, E]``, to be summed; clears ``work`` on the way.
+
+    With ``late``, to be summed and normalised, and to get their bias then.
+    """
     (T, D), E = x_TD.shape, weight_ED.shape[0]
-    rows, block = 16, 128
-    splits = min(4, triton.cdiv(D, block))
-    share = triton.cdiv(triton.cdiv(D, block), splits)
+    rows, splits = 16, _splits(D)
+    share = triton.cdiv(triton.cdiv(D, SPLIT_BLOCK), splits)
     partial = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)
     _router_split[(triton.cdiv(E, rows), splits)](
         x_TD,
         weight_ED,
         bias_E,
         partial,
+        None if late is None else late.squares_TP,
         *work[1:],
         T,
         E,
@@ -153,9 +221,10 @@ def router_split(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, work: W
         SHARE=share,
         BLOCK_T=max(16, triton.next_power_of_2(T)),
         ROWS=rows,
-        BLOCK_D=block,
-        BIAS=bias_E is not None,
+        BLOCK_D=SPLIT_BLOCK,
+        BIAS=bias_E is not None and late is None,
         UPCAST=interpreted() or x_TD.dtype != weight_ED.dtype,
+        NORM=late is not None,
         OVERLAP=overlaps(x_TD),
         num_warps=4,
         num_stages=4,

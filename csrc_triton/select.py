@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_prunepath.csrc_triton.jit import begin, launch_options, overlaps
+from torch_prunepath.csrc_triton.router import LateNorm, finish
+from torch_prunepath.rms import EPSILON
 
 
 @triton.jit
@@ -22,7 +24,10 @@ def _select(
     mask_ptr,
     weights_ptr,
     used_ptr,
+    squares_ptr,
+    bias_ptr,
     E,
+    D,
     gate_offset,
     stride_split,
     stride_t,
@@ -31,8 +36,12 @@ def _select(
     WEIGHTS: tl.constexpr,
     SIGMOID: tl.constexpr,
     USED: tl.constexpr,
+    SHARED: tl.constexpr,
     WAYS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    EPSILON: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
@@ -41,6 +50,10 @@ def _select(
     z = tl.load(scores_ptr + t * stride_t + j, mask=j < E, other=-float("inf"))
     for split in tl.static_range(1, SPLITS):
         z += tl.load(scores_ptr + split * stride_split + t * stride_t + j, mask=j < E, other=0.0)
+    if NORM:
+        z = finish(z, squares_ptr, bias_ptr, t, j, E, D, SPLITS, BIAS, EPSILON)
+    if SHARED > 0:
+        z = tl.where(j < SHARED, -float("inf"), z)
     tau = tl.load(tau_ptr)
     hi = tl.max(z, axis=0)
     p = tl.exp(z - hi)
@@ -72,9 +85,13 @@ def _select(
     # As numbers: the interpreter cannot join a block of bools and a single one.
     everything = ((tau >= 1.0) | (total != total)).to(tl.int32)
     active = ((z > lowest) | (tied & fits)).to(tl.int32) + everything > 0
+    if SHARED > 0:
+        active = active | (j < SHARED)
     tl.store(mask_ptr + t * E + j, active, mask=j < E)
     if WEIGHTS:
         weight = tl.sigmoid(z + gate_offset) if SIGMOID else tl.full((BLOCK_E,), 1.0, tl.float32)
+        if SHARED > 0:
+            weight = tl.where(j < SHARED, 1.0, weight)
         tl.store(weights_ptr + t * E + j, tl.where(active, weight, 0.0), mask=j < E)
     if USED:
         tl.store(used_ptr + j, tl.full((BLOCK_E,), 1, tl.int32), mask=active & (j < E))  # never 0: tokens share these
@@ -92,6 +109,8 @@ def _launch(
     weights_TE: Tensor | None,
     gate_offset: float | None,
     used_E: Tensor | None,
+    late: LateNorm | None,
+    shared: int,
 ) -> Tensor:
     splits, T, E = scores_PTE.shape
     mask_TE = torch.empty(T, E, dtype=torch.bool, device=scores_PTE.device)
@@ -103,7 +122,9 @@ def _launch(
             mask_TE.view(torch.uint8),
             weights_TE,
             used_E,
+            *(late or (None, None))[:2],
             E,
+            0 if late is None else late.hidden,
             0.0 if gate_offset is None else gate_offset,
             scores_PTE.stride(0),
             scores_PTE.stride(1),
@@ -112,7 +133,11 @@ def _launch(
             WEIGHTS=weights_TE is not None,
             SIGMOID=gate_offset is not None,
             USED=used_E is not None,
+            SHARED=shared,
             BLOCK_E=block,
+            NORM=late is not None,
+            BIAS=late is not None and late.bias_E is not None,
+            EPSILON=EPSILON,
             OVERLAP=overlaps(mask_TE),
             **_config(T, block),
             **launch_options(mask_TE),
@@ -120,13 +145,19 @@ def _launch(
     return mask_TE
 
 
-def select_experts(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
+def select_experts(scores_TE: Tensor, tau: Tensor, rule: str, shared: int = 0) -> Tensor:
     """Active experts, bool ``[T, E]``, as :func:`torch_prunepath.select.select_experts`."""
-    return _launch(scores_TE.float().contiguous().unsqueeze(0), tau, rule, None, None, None)
+    return _launch(scores_TE.float().contiguous().unsqueeze(0), tau, rule, None, None, None, None, shared)
 
 
 def select_weights(
-    scores_PTE: Tensor, tau: Tensor, rule: str, gate_offset: float | None, used_E: Tensor | None = None
+    scores_PTE: Tensor,
+    tau: Tensor,
+    rule: str,
+    gate_offset: float | None,
+    used_E: Tensor | None = None,
+    late: LateNorm | None = None,
+    shared: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, 0 where inactive.
 
@@ -136,7 +167,9 @@ def select_weights(
         rule: ``"reach"`` or ``"below"``.
         gate_offset: gates are ``sigmoid(score + gate_offset)``; None: 1.
         used_E: int32 ``[E]``, set to 1 for experts that some token activates, or None.
+        late: what is to be done to the sums, or None.
+        shared: the first so many experts are active with gate 1.
     """
     _, T, E = scores_PTE.shape
     weights_TE = torch.empty(T, E, dtype=torch.float32, device=scores_PTE.device)
-    return _launch(scores_PTE, tau, rule, weights_TE, gate_offset, used_E), weights_TE
+    return _launch(scores_PTE, tau, rule, weights_TE, gate_offset, used_E, late, shared), weights_TE

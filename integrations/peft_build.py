@@ -170,7 +170,7 @@ def _empty(view: FFNView, layer: LayerManifest) -> AdapterState:
     spec, weight = view.spec, weight_out_in(view.up)
     experts = num_experts(spec.ffn_size, layer.experts.expert_size)
     bias_E = weight.new_zeros(experts) if layer.router_bias else None
-    router = Router.of(weight.new_zeros(experts, spec.hidden_size), bias_E)
+    router = Router.of(weight.new_zeros(experts, spec.hidden_size), bias_E, normalise=layer.router_norm)
     order_F = torch.arange(spec.ffn_size, device=weight.device)
     return AdapterState(layer.experts, layer.budget, router, order_F, layer.tau, filled=False)
 

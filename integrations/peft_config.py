@@ -40,6 +40,8 @@ class PrunePathConfig(PeftConfig):
         expert_size: this and the next fields are those of :class:`torch_prunepath.SparsifyConfig`.
         partition: see there.
         router: see there.
+        router_norm: see there.
+        shared_experts: see there.
         rule: see there.
         gate: see there.
         gate_offset: see there.
@@ -63,6 +65,8 @@ class PrunePathConfig(PeftConfig):
     expert_size: int = 8
     partition: str = "coactivation"
     router: str = "fitted"
+    router_norm: bool = False
+    shared_experts: int = 0
     rule: str = "reach"
     gate: str = "one"
     gate_offset: float = 0.0

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch_prunepath.ffn import FFNView
 from torch_prunepath.integrations.peft_build import layers_of
 from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer
-from torch_prunepath.layer import make_dense, make_routed
 from torch_prunepath.router import Router
+from torch_prunepath.swap import make_dense, make_routed
 
 Shape = tuple[int, ...]
 _OURS = re.compile(r"\.prunepath(_\w+)?\.[a-z.]+$")
@@ -114,4 +114,4 @@ def make_sparse(root: nn.Module, layers: Sequence[PrunePathLayer], states: Seque
 
 def _copied(router: Router, dtype: torch.dtype) -> Router:
     bias_E = None if router.bias is None else router.bias.detach().to(dtype, copy=True)
-    return Router.of(router.weight.detach().to(dtype, copy=True), bias_E)
+    return Router.of(router.weight.detach().to(dtype, copy=True), bias_E, normalise=router.normalise)

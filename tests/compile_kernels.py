@@ -60,7 +60,8 @@ def calls(ffn):  # type: ignore[no-untyped-def]
         down = empty(width, hidden), empty(hidden)
         router = empty(experts, hidden), empty(experts)
         tau = torch.tensor(0.5)
-        ffn.sparse_ffn(x, *router, tau, rule, offset, *up, *gate, *down, activation, size)
+        for normalise, shared in ((False, 0), (True, 0), (False, 2)):
+            ffn.sparse_ffn(x, *router, tau, rule, offset, *up, *gate, *down, activation, size, normalise, shared)
         ffn.expert_up(x, mask, *up, *gate, activation, size)
         ffn.expert_down(empty(tokens, width), mask, None, *down, size)
         if tokens == 1:

@@ -17,7 +17,8 @@ def random(*shape: int) -> Tensor:
 def run(tokens: int) -> None:
     x, tau = random(tokens, D), torch.tensor(0.5, device="cuda")
     weights = [random(F, D), random(F), random(F, D), random(F), random(F, D), random(D)]
-    ffn.sparse_ffn(x, random(E, D), random(E), tau, "reach", 0.3, *weights, "silu", S)
+    for normalise, shared in ((False, 0), (True, 2)):
+        ffn.sparse_ffn(x, random(E, D), random(E), tau, "reach", 0.3, *weights, "silu", S, normalise, shared)
     mask = torch.rand(tokens, E, device="cuda") < 0.5
     h = ffn.expert_up(x, mask, weights[0], None, None, None, "none", S)
     ffn.expert_down(h, mask, None, weights[4], None, S)

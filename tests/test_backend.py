@@ -128,7 +128,7 @@ FUSED = {  # name -> settings, and which operators must run in one forward pass
     "phi3": ({"rule": "below"}, {"sparse_ffn": 2}),
     "opt": ({"gate": "sigmoid"}, {"sparse_ffn": 2}),
     "bert": ({}, {"router_scores": 2, "select_experts": 2, "expert_up": 2, "expert_down": 2}),
-    "sequential": ({"gate": "sigmoid"}, {"sparse_ffn": 2}),
+    "sequential": ({"gate": "sigmoid", "router_norm": True}, {"sparse_ffn": 2}),
 }
 
 
@@ -144,6 +144,17 @@ def test_one_graph_for_every_tau(name: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     ran = operators(lambda: call(**inputs))
     assert {name: ran[name] for name in expected} == expected
+
+
+def test_shared_experts_and_a_normalised_router() -> None:
+    dense, inputs = ARCHITECTURES["llama"]()
+    config = SparsifyConfig(expert_size=8, gate="sigmoid", gate_offset=0.5, router_norm=True, shared_experts=2)
+    model = sparsify(dense.eval(), tau=0.5, config=config, calibration=inputs, progress=False)
+    call = compiled(model)
+    model.train()  # whose layers call their parts one by one, for the passes to put together
+    with torch.no_grad():
+        torch.testing.assert_close(first(call(**inputs)), first(model(**inputs)), rtol=1e-4, atol=1e-5)
+    assert operators(lambda: call(**inputs))["sparse_ffn"] == 2
 
 
 @pytest.mark.parametrize("name", ["functional_silu", "t5"])

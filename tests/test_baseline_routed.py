@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from tiny_llama import tiny_llama
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from torch_prunepath import find_ffns, record_sparsity, register_routing_hook, set_tau, sparse_layers
-from torch_prunepath.baselines import RoutedBaseline, d2dmoe, lte, moefication
+from torch_prunepath import densify, find_ffns, load, record_sparsity, register_routing_hook, set_tau, sparse_layers
+from torch_prunepath.baselines import LTE, RoutedBaseline, d2dmoe, lte, moefication
 from torch_prunepath.baselines.dynamic_k import expert_norms
 from torch_prunepath.baselines.routers import MLPRouter
 from torch_prunepath.baselines.top_k import activation_sums
+from torch_prunepath.checkpoint import read_info
 from torch_prunepath.ffn import FFNView
-from torch_prunepath.layer import Routing
+from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.router import centroid_init
 from torch_prunepath.sparsify import sparse_views
 from torch_prunepath.train import RoutingTape, TrainConfig, draw, fixed_tau, hold, recipes, train
@@ -177,7 +179,7 @@ def test_a_copy_goes_its_own_way(apply: Apply) -> None:
     assert torch.equal(output_of(model, inputs), before) and not torch.equal(output_of(other, inputs), before)
 
 
-@methods
+@pytest.mark.parametrize("apply", [each for each in METHODS if each is not apply_lte])
 def test_a_saved_model_loads_as_the_dense_one(apply: Apply, tmp_path: Path) -> None:
     model, data = tiny_llama(), token_batch()
     dense = output_of(model, data)
@@ -188,18 +190,55 @@ def test_a_saved_model_loads_as_the_dense_one(apply: Apply, tmp_path: Path) -> N
     torch.testing.assert_close(output_of(LlamaForCausalLM.from_pretrained(tmp_path), data), dense)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("second", [False, True], ids=["first stage", "second stage"])
+def test_checkpoints_hold_lte(name: str, second: bool, tmp_path: Path) -> None:
+    model, inputs = ALL[name]()
+    handle = lte(model, **QUICK)
+    if second:
+        handle.start_second_stage()
+    expected, masks = output_of(model, inputs), masks_of(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path).eval()
+    assert torch.equal(output_of(loaded, inputs), expected)
+    assert all(layer.experts.gate == ("one" if second else "sigmoid") for layer in sparse_layers(loaded).values())
+    found = masks_of(loaded, inputs)
+    assert all(torch.equal(routing.mask_TE, found[site].mask_TE) for site, routing in masks.items())
+    assert {layer["rule"] for layer in read_info(tmp_path)["layers"]} == {"threshold"}
+    # What is loaded goes on like what was saved: other taus, copies, the second stage, another checkpoint.
+    for each in (model, copy.deepcopy(loaded)):
+        LTE(each, None).start_second_stage()
+        set_tau(each, 0.4)
+        each.save_pretrained(tmp_path / "again")
+        if each is model:
+            expected = output_of(each, inputs)
+        assert torch.equal(output_of(load(tmp_path / "again").eval(), inputs), expected)
+    densify(loaded)
+    assert not hasattr(loaded.config, "quantization_config")
+
+
+def test_a_rule_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    lte(model := tiny_llama(), **QUICK)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["layers"][0]["selection"] = "magic"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="selection='magic' is not known: upgrade"):
+        load(tmp_path)
+
+
 @methods
 def test_what_fails_half_way_leaves_the_dense_model(apply: Apply, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = ALL["llama"]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     calls = []
 
-    def fail(self: nn.Module, hook: Any) -> None:
-        calls.append(hook)
+    def fail(layer: nn.Module, rule: Any) -> None:
+        calls.append(rule)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("torch_prunepath.layer.RoutedExperts.register_routing_hook", fail)
+    monkeypatch.setattr(RoutedExperts, "selection", property(lambda layer: None, fail))
     with pytest.raises(KeyboardInterrupt):
         apply(model, inputs)
     after = model.state_dict()

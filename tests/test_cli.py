@@ -128,6 +128,19 @@ def test_quickstart_checkpoint_is_the_middle_row(run, tiny: Path, text: Path) ->
     assert record.sparsity == pytest.approx(same, abs=0.1)
 
 
+def test_quickstart_writes_a_model_card(run, tiny: Path, text: Path) -> None:
+    _, out, _ = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.3, 0.6, 0.9, "--json")
+    results = json.loads(out)
+    dense, _, middle, _ = results["rows"]
+    card = (Path(results["checkpoint"]) / "README.md").read_text()
+    assert middle["tau"] == 0.6 and "| tau | 0.6 |" in card and "base_model" not in card
+    assert f"| inactive FFN neurons | {middle['sparsity']:.1%} |" in card
+    assert f"| perplexity | {middle['perplexity']:.2f} |" in card
+    assert f"| perplexity, dense | {dense['perplexity']:.2f} |" in card
+    shares = [float(line.split(" | ")[-1].strip(" %|")) for line in card.splitlines() if line.startswith("| `")]
+    assert len(shares) == 2 and sum(shares) / 2 == pytest.approx(100 * middle["sparsity"], abs=0.1)
+
+
 def test_quickstart_twice_gives_the_same_quality(run, tiny: Path, text: Path) -> None:
     rows = []
     for _ in range(2):
@@ -344,7 +357,7 @@ def test_sparsify_and_info(run, tiny: Path, text: Path) -> None:
 
     code, out, _ = run("info", "out")
     assert code == 0
-    assert [line.split()[-4:] for line in out.splitlines()[-2:]] == [["64", "4", "16", "0.7"]] * 2
+    assert [line.split()[-5:] for line in out.splitlines()[-2:]] == [["64", "4", "16", "reach", "0.7"]] * 2
 
     model = AutoModelForCausalLM.from_pretrained("out")
     assert len(torch_prunepath.sparse_layers(model)) == 2

@@ -16,8 +16,9 @@ import torch_prunepath.layer
 from torch_prunepath import SparsifyConfig, cpu, cpu_dense, cpu_rows, cpu_select, ops, sparsify
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import Rule
+from torch_prunepath.cpu_packs import Packs
 from torch_prunepath.fused import sparse_ffn
-from torch_prunepath.reference import select_reference
+from torch_prunepath.reference import router_scores_reference, select_reference
 from torch_prunepath.select import mask_from_scores
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -27,8 +28,12 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.fixture(params=["gathered", "dense", "mixed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces a choice that thresholds otherwise make."""
-    monkeypatch.setattr(cpu_rows, "dots_pay", lambda pairs, tokens, rows: tokens > 0 and request.param == "gathered")
-    monkeypatch.setattr(cpu_rows, "sums_pay", lambda pairs, tokens, rows: tokens > 0 and request.param != "dense")
+    monkeypatch.setattr(
+        cpu_rows, "dots_pay", lambda pairs, tokens, rows, packed=False: tokens > 0 and request.param == "gathered"
+    )
+    monkeypatch.setattr(
+        cpu_rows, "sums_pay", lambda pairs, tokens, rows, packed=False: tokens > 0 and request.param != "dense"
+    )
     return request.param  # type: ignore[no-any-return]
 
 
@@ -50,6 +55,7 @@ class Layer:
         self.down_b = None if biases is None else biases[2, :D]
         self.router, self.router_b = 4 * random(-(-F // S), D), random(-(-F // S)) if bias else None
         self.offset: float | None = None
+        self.normalise, self.shared = False, 0
 
     def weights(self, dtype: torch.dtype) -> list[Tensor | None]:
         tensors = (self.up, self.up_b, self.gate, self.gate_b, self.down, self.down_b)
@@ -58,7 +64,7 @@ class Layer:
     def run(self, x: Tensor, tau: float, rule: str = "reach") -> Tensor:
         router = [None if t is None else t.to(x.dtype) for t in (self.router, self.router_b)]
         args = (torch.tensor(tau), rule, self.offset, *self.weights(x.dtype), self.activation, self.S)
-        return sparse_ffn(x, *router, *args)  # type: ignore[arg-type]
+        return sparse_ffn(x, *router, *args, self.normalise, self.shared)  # type: ignore[arg-type]
 
     def run_ops(self, x: Tensor, mask: Tensor, gates: Tensor | None) -> Tensor:
         up, up_b, gate, gate_b, down, down_b = self.weights(x.dtype)
@@ -103,16 +109,22 @@ def test_operators_equal_the_formula(path: str, T: int, gated: bool, dtype: torc
 
 @DTYPES
 @pytest.mark.parametrize("offset", [None, 1.5], ids=["gate-one", "sigmoid"])
-@pytest.mark.parametrize("rule", ["reach", "below"])
+@pytest.mark.parametrize(
+    ("rule", "normalise", "shared"), [("reach", False, 0), ("below", False, 0), ("reach", True, 0), ("below", True, 3)]
+)
 @pytest.mark.parametrize("T", [1, 3, 20])
-def test_whole_ffn_equals_the_formula(path: str, T: int, rule: str, offset: float | None, dtype: torch.dtype) -> None:
+def test_whole_ffn_equals_the_formula(
+    path: str, T: int, rule: str, normalise: bool, shared: int, offset: float | None, dtype: torch.dtype
+) -> None:
     layer = Layer(D=27, F=133, S=16)
-    layer.offset = offset
-    x = tokens(T, 27, dtype)
-    scores = x.double() @ layer.router.to(dtype).double().t() + layer.router_b.to(dtype).double()  # type: ignore[union-attr]
+    layer.offset, layer.normalise, layer.shared = offset, normalise, shared
+    x = tokens(T, 27, dtype) * torch.logspace(-1, 0.5, T).unsqueeze(1).to(dtype)
+    scores = router_scores_reference(x, layer.router.to(dtype), layer.router_b.to(dtype), normalise)  # type: ignore[union-attr]
     gates = None if offset is None else torch.sigmoid(scores + offset)
+    if gates is not None:
+        gates[:, :shared] = 1.0
     for tau in (0.3, 0.9, 1.0):
-        mask = torch.tensor([select_reference(s, tau, rule) for s in scores.float().tolist()])
+        mask = torch.tensor([select_reference(s, tau, rule, shared) for s in scores.float().tolist()])
         # Scores, and so gates, are float32 whatever the weights are.
         assert_near(layer.run(x, tau, rule), layer.formula(x, mask, gates, dtype), dtype, floor=1e-6)
 
@@ -230,6 +242,30 @@ def test_router_scores(T: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, (x.double() @ weight.double().t()).float(), rtol=1e-5, atol=1e-5)
 
 
+@settings(deadline=None)
+@given(
+    T=st.integers(0, 18),
+    D=st.integers(1, 40),
+    E=st.integers(1, 40),
+    bias=st.booleans(),
+    normalise=st.booleans(),
+    size=st.sampled_from([0.0, 1e-3, 1.0, 300.0]),
+    block=st.sampled_from([1, 200, 2 << 20]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_router_scores_are_the_reference(
+    T: int, D: int, E: int, bias: bool, normalise: bool, size: float, block: int, dtype: torch.dtype
+) -> None:
+    x, weight, bias_E = (size * tokens(T, D)).to(dtype), tokens(E, D, dtype), tokens(1, E, dtype)[0] if bias else None
+    expected = router_scores_reference(x, weight, bias_E, normalise).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_dense, "CACHED_BYTES", block)
+        found = ops.router_scores(x, weight, bias_E, normalise)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, size))
+    default = ops.router_scores._init_fn(x, weight, bias_E, normalise)
+    torch.testing.assert_close(default, expected, rtol=1e-5, atol=1e-5 * max(1.0, size))
+
+
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "columns": lambda w: w.t().contiguous().t(),
     "wide-rows": lambda w: torch.cat([w, torch.full_like(w, float("nan"))], dim=1)[:, : w.shape[1]],
@@ -289,7 +325,9 @@ def test_where_gathering_pays(
 ) -> None:
     rows = torch.empty(shape, dtype=dtype, device="meta")
     assert cpu_rows.dots_pay(int(share * shape[0]), tokens, rows) is pays
-    assert cpu_rows.sums_pay(int(share * shape[0]), tokens, rows) >= pays
+    sums = cpu_rows.sums_pay(int(share * shape[0]), tokens, rows)
+    assert sums >= pays
+    assert sums >= cpu_rows.sums_pay(int(share * shape[0]), tokens, rows, packed=True)
 
 
 @pytest.mark.parametrize("rule", ["reach", "below"])
@@ -395,9 +433,9 @@ def test_a_layer_skips_the_dispatch_unless_something_intercepts_it(monkeypatch: 
     sparsify(model.eval(), tau=0.5, config=config, progress=False)
     direct: list[int] = []
 
-    def watched(x_TD: Tensor, *args: object) -> Tensor:
+    def watched(x_TD: Tensor, *args: object, packs: Packs | None) -> Tensor:
         direct.append(len(x_TD))
-        return cpu.routed_ffn(x_TD, *args)  # type: ignore[arg-type]
+        return cpu.routed_ffn(x_TD, *args, packs=packs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch_prunepath.layer, "routed_ffn", watched)
     with torch.no_grad():

@@ -31,16 +31,20 @@ def called(model: torch.nn.Module, inputs: dict) -> set[str]:
     return set(calls.names)
 
 
-def tiny(name: str, gate: str = "one"):  # type: ignore[no-untyped-def]
+def tiny(name: str, **settings):  # type: ignore[no-untyped-def]
     model, inputs = ARCHITECTURES[name]()
-    config = SparsifyConfig(expert_size=8, partition="contiguous", router="centroid", budget="uniform", gate=gate)
+    weights_only = {"partition": "contiguous", "router": "centroid", "budget": "uniform"}
+    config = SparsifyConfig(expert_size=8, **weights_only, **settings)
     return sparsify(model.eval(), tau=0.5, config=config, progress=False), inputs
 
 
-@pytest.mark.parametrize("gate", ["one", "sigmoid"])
+SETTINGS = [{}, {"gate": "sigmoid"}, {"router_norm": True}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "t5", "falcon"])
-def test_the_same_numbers(name: str, gate: str) -> None:
-    model, inputs = tiny(name, gate)
+def test_the_same_numbers(name: str, settings: dict) -> None:
+    model, inputs = tiny(name, **settings)
     parts = model(**inputs)[0]
     with torch.no_grad():
         assert called(model, inputs) == {"sparse_ffn"}

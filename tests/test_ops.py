@@ -89,6 +89,36 @@ def test_expert_up_gradients(activation: str, gated: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_normalised_router_scores_and_gradients(dtype: torch.dtype, bias: bool) -> None:
+    shapes = [(5, 7), (9, 7), (9,)] if bias else [(5, 7), (9, 7)]
+    leaves = [(3 * torch.randn(*shape)).to(dtype).requires_grad_() for shape in shapes]
+    found = ops.router_scores(*leaves, *([] if bias else [None]), True)
+    x, weight, *rest = [leaf.float() for leaf in leaves]
+    unit = torch.nn.functional.rms_norm(x, (7,), eps=1e-6)
+    expected = torch.nn.functional.linear(unit, weight, *rest)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(5, 9)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    grads = torch.autograd.grad(found, leaves, grad)
+    assert [g.dtype for g in grads] == [dtype] * len(leaves)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad), rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_of_a_normalised_router_that_only_some_need() -> None:
+    x, weight, bias = (torch.randn(*shape) for shape in ((5, 7), (9, 7), (9,)))
+    grad, every = torch.randn(5, 9), [True] * 3
+    expected = ops.router_scores_backward(grad, x, weight, every, True)
+    for place in range(3):
+        needs = [i == place for i in range(3)]
+        leaves = [t.clone().requires_grad_(need) for t, need in zip((x, weight, bias), needs, strict=True)]
+        ops.router_scores(*leaves, True).backward(grad)
+        torch.testing.assert_close(leaves[place].grad, expected[place])
+        assert all(leaf.grad is None for leaf, need in zip(leaves, needs, strict=True) if not need)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_router_scores_and_gradients(dtype: torch.dtype) -> None:
     leaves = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((5, 7), (9, 7), (9,))]
@@ -166,6 +196,7 @@ def opcheck_inputs() -> list:
     return [
         pytest.param(ops.router_scores, (x, router, router_b), id="router"),
         pytest.param(ops.router_scores, (x, router, None), id="router-no-bias"),
+        pytest.param(ops.router_scores, (x, router, router_b, True), id="router-normalised"),
         pytest.param(ops.select_experts, (torch.randn(3, 9), torch.tensor(0.5), "reach"), id="select"),
         pytest.param(ops.expert_up, (x, mask, up, up_b, gate, gate_b, "silu", 8), id="up-gated"),
         pytest.param(ops.expert_up, (x, mask, up, None, None, None, "none", 8), id="up-plain"),
@@ -186,6 +217,9 @@ def test_backward_opcheck() -> None:
         torch.library.opcheck(
             ops.expert_up_backward, (torch.randn(5, 37), x, mask, up, up_b, None, None, "gelu", 8, needs)
         )
+    for normalise in (False, True):
+        args = torch.randn(5, 9), x, torch.randn(9, 7), [True, False, True], normalise
+        torch.library.opcheck(ops.router_scores_backward, args)
     torch.library.opcheck(
         ops.expert_down_backward, (torch.randn(5, 7), torch.randn(5, 37), mask, None, up, 8, [True, False, True, True])
     )

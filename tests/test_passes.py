@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from torch_prunepath import ops
-from torch_prunepath.compile.passes import KERNEL_TOKENS, PASSES, run_passes
+from torch_prunepath.compile.passes import PASSES, run_passes
+from torch_prunepath.limits import UNION_TOKENS
 
 D, F, S = 16, 37, 8
 E = 5  # the last expert has 5 neurons
@@ -111,6 +112,18 @@ def sigmoid_gate(w: Weights, x: Tensor) -> Tensor:
     return down(w, up(w, x, mask), mask, torch.sigmoid(scores))
 
 
+def normalised_router(w: Weights, x: Tensor) -> Tensor:
+    scores = ops.router_scores(x, w.router, w.router_b, True)
+    mask = ops.select_experts(scores, w.tau, "reach")
+    return down(w, up(w, x, mask), mask, torch.sigmoid(scores))
+
+
+def shared_experts(w: Weights, x: Tensor) -> Tensor:
+    scores = ops.router_scores(x, w.router, w.router_b)
+    mask = ops.select_experts(scores, w.tau, "reach", 2)
+    return down(w, up(w, x, mask), mask, ops.sigmoid_gates(scores, 0.5, 2))
+
+
 def sigmoid_gate_offset(w: Weights, x: Tensor) -> Tensor:
     scores, mask = route(w, x)
     return down(w, up(w, x, mask), mask, torch.sigmoid(scores + 2))
@@ -125,7 +138,10 @@ def reshaped_between(w: Weights, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
-@pytest.mark.parametrize("ffn", [gated, plain_below, sigmoid_gate, sigmoid_gate_offset, reshaped_between])
+@pytest.mark.parametrize(
+    "ffn",
+    [gated, plain_below, sigmoid_gate, normalised_router, shared_experts, sigmoid_gate_offset, reshaped_between],
+)
 def test_a_whole_ffn_becomes_one_operator(ffn: FFN, symbolic: bool) -> None:
     assert rewritten(ffn, tokens(5), symbolic=symbolic) == {"sparse_ffn": 1}
 
@@ -223,6 +239,36 @@ def gate_offset_alpha(w: Weights, x: Tensor) -> Tensor:
     return down(w, up(w, x, mask), mask, torch.sigmoid(torch.add(scores, 1.0, alpha=2)))
 
 
+def shared_without_their_gates(w: Weights, x: Tensor) -> Tensor:
+    scores = ops.router_scores(x, w.router, w.router_b)
+    mask = ops.select_experts(scores, w.tau, "reach", 2)
+    return down(w, up(w, x, mask), mask, torch.sigmoid(scores))
+
+
+def gates_of_fewer_shared(w: Weights, x: Tensor) -> Tensor:
+    scores = ops.router_scores(x, w.router, w.router_b)
+    mask = ops.select_experts(scores, w.tau, "reach", 2)
+    return down(w, up(w, x, mask), mask, ops.sigmoid_gates(scores, 0.5, 1))
+
+
+def gates_of_none_shared(w: Weights, x: Tensor) -> Tensor:
+    scores, mask = route(w, x)
+    return down(w, up(w, x, mask), mask, ops.sigmoid_gates(scores, 0.5, 1))
+
+
+def shared_gates_of_the_first(w: Weights, x: Tensor) -> Tensor:
+    scores = ops.router_scores(x, w.router, w.router_b)
+    mask = ops.select_experts(scores, w.tau, "reach", 2)
+    gates = nn.functional.pad(torch.sigmoid(scores[:, : E - 2] + 0.5), (2, 0), value=1.0)
+    return down(w, up(w, x, mask), mask, gates)
+
+
+def shared_gates_of_half(w: Weights, x: Tensor) -> Tensor:
+    scores = ops.router_scores(x, w.router, w.router_b)
+    mask = ops.select_experts(scores, w.tau, "reach", 2)
+    return down(w, up(w, x, mask), mask, nn.functional.pad(torch.sigmoid(scores[:, 2:]), (2, 0), value=0.5))
+
+
 def scaled_scores(w: Weights, x: Tensor) -> Tensor:
     scores = ops.router_scores(x, w.router, None)
     mask = ops.select_experts(3 * scores, w.tau, "reach")
@@ -257,7 +303,8 @@ def relu_after_silu(w: Weights, x: Tensor) -> Tensor:
 NEAR_MISSES = [scores_used, mask_used, h_used, gates_used, reshape_used, replaced_mask, two_masks, two_inputs]
 NEAR_MISSES += [reordered_input, two_expert_sizes, other_gate, gate_of_other_scores, gate_scaled, gate_offset_tensor]
 NEAR_MISSES += [gate_offset_alpha, scaled_scores, dropout_between, other_dtype_down, no_activation]
-NEAR_MISSES += [activation_between, relu_after_silu]
+NEAR_MISSES += [activation_between, relu_after_silu, shared_without_their_gates, gates_of_fewer_shared]
+NEAR_MISSES += [gates_of_none_shared, shared_gates_of_the_first, shared_gates_of_half]
 
 
 @pytest.mark.parametrize("ffn", NEAR_MISSES)
@@ -309,8 +356,8 @@ INLINED = {"router_scores": 1, "select_experts": 1}
 
 @pytest.mark.parametrize("ffn", [gated, sigmoid_gate_offset, h_used, activation_between, other_dtype_down])
 def test_many_tokens_are_plain_operators(ffn: FFN) -> None:
-    assert rewritten(ffn, tokens(KERNEL_TOKENS + 1)) == INLINED
-    assert "expert_up" in rewritten(ffn, tokens(KERNEL_TOKENS), names=("inline_dense",))
+    assert rewritten(ffn, tokens(UNION_TOKENS + 1)) == INLINED
+    assert "expert_up" in rewritten(ffn, tokens(UNION_TOKENS), names=("inline_dense",))
 
 
 def test_an_unknown_number_of_tokens_is_inlined_for_training_only() -> None:
@@ -353,7 +400,7 @@ def test_backward_of_down_is_inlined(needs: tuple[bool, ...], gates: bool) -> No
 
 
 def test_inlining_under_autocast_keeps_the_graphs_dtypes() -> None:
-    graph = trace(gated, tokens(KERNEL_TOKENS + 1).float())
+    graph = trace(gated, tokens(UNION_TOKENS + 1).float())
     with torch.autocast("cpu"):
         run_passes(graph.graph, ("inline_dense",), training=False)
     dtypes = {n.meta["val"].dtype for n in graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
@@ -368,7 +415,7 @@ def test_inlining_under_autocast_keeps_the_graphs_dtypes() -> None:
     [
         ("fuse_relu", 5, {"expert_up": 1, "expert_down": 1, **INLINED}),
         ("fuse_ffn", 5, {"expert_up": 1, "expert_down": 1, **INLINED}),
-        ("inline_dense", KERNEL_TOKENS + 1, {"sparse_ffn": 1}),
+        ("inline_dense", UNION_TOKENS + 1, {"sparse_ffn": 1}),
     ],
 )
 def test_each_pass_can_be_left_out(off: str, T: int, left: dict[str, int]) -> None:

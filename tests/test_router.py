@@ -53,6 +53,8 @@ def test_shares_are_norms_of_the_experts_outputs(S: int) -> None:
     outputs = torch.stack([h[:, i : i + S] @ v.down_FD[i : i + S] for i in range(0, 37, S)], 1)
     norms = outputs.norm(dim=-1)
     torch.testing.assert_close(contribution_shares(h, v.down_FD, S), norms / norms.sum(-1, keepdim=True))
+    others = norms[:, 2:]
+    torch.testing.assert_close(contribution_shares(h, v.down_FD, S, 2), others / others.sum(-1, keepdim=True))
     assert torch.equal(contribution_shares(h * 0, v.down_FD, S), torch.zeros_like(norms)), "no output, no share, no NaN"
 
 

@@ -110,6 +110,15 @@ def test_for_people_and_without_a_text_to_measure_on(run: Run, tiny: Path, text:
     assert not [name for name in card if "perplexity" in name]
 
 
+def test_compiled_blocks_train_the_same(run: Run, tiny: Path, text: Path) -> None:
+    flags = [tiny, "--text", text, *FAST, "--json", "-o"]
+    eager, compiled = (
+        json.loads(run(*flags, out, *how)[1]) for out, how in (("a", []), ("b", ["--compile", "aot_eager"]))
+    )
+    assert compiled["last"] == pytest.approx(eager["last"], rel=1e-3)
+    refused(run(*flags, "out", "--compile", "--checkpointing"), "--compile and --checkpointing exclude each other")
+
+
 def test_a_sparse_model_goes_on(run: Run, tiny: Path, text: Path) -> None:
     assert run(tiny, "--text", text, "-o", "first", *FAST)[0] == 0
     flags = [*FAST[:-2], "--recipe", "held", "--target-sparsity", 0.5, "--routers-only", "--json"]
@@ -319,7 +328,6 @@ def test_without_the_package_datasets(run: Run, tiny: Path, monkeypatch: pytest.
         (["--recipe", "magic"], "choose one of paper, "),
         (["--recipe", "lte", "--partition", "kmeans"], "leave --partition out"),
         (["--recipe", "lte", "--routers-only"], "no --routers-only"),
-        (["--recipe", "lte", "--compile"], "leave --compile out"),
         (["--recipe", "lte", "--steps", "1"], "both stages need a step"),
         (["--recipe", "lte", "--set", "separation_eta=2"], "choose from"),
         (["--target-sparsity", "1"], "--target-sparsity 1.0 is outside [0, 1)"),

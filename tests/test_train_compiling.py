@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from architectures import ARCHITECTURES, token_ids
 from torch import nn
 from torch._dynamo.utils import counters
 
-from torch_prunepath import SparsifyConfig, sparsify
+from torch_prunepath import SparsifyConfig, sparse_layers, sparsify
 from torch_prunepath.train import TrainConfig, compiled_blocks, hold, ramp, train
 from torch_prunepath.train.compiling import blocks
 
@@ -93,6 +95,20 @@ def test_more_steps_and_another_run_compile_nothing_anew() -> None:
     assert graphs() - before <= 1  # the new model's loss function is a new object
 
 
+def test_shared_experts_and_normalised_routers_train_alike() -> None:
+    config = dataclasses.replace(CONFIG, shared_experts=2, router_norm=True)
+    model = sparsify(dense("llama"), tau=0.5, config=config, calibration=token_ids(8), progress=False)
+    held = TrainConfig(steps=12, phases=(hold(0.5),), fit_tokens=5, **LOSSES)
+    expected, _ = trained(copy.deepcopy(model), held)
+    found, _ = trained(model, held, compile=BACKEND)
+    assert not counters["graph_break"]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    routed = sparse_layers(model)["model.layers.0.mlp"].num_experts - 2
+    assert all(0 < record["entropy"] <= math.log(routed) + 1e-6 for record in found), "shared experts have no share"
+    assert found[-1]["sparsity"] == pytest.approx(0.5, abs=0.1)
+
+
 def test_the_teacher_is_compiled_too() -> None:
     model, teacher = sparse("llama"), dense("llama")
     config = TrainConfig(steps=3, phases=(hold(0.5),), contribution_fit=1.0, distill_logits=1.0)
@@ -142,3 +158,15 @@ def test_inductor_trains() -> None:
     found, _ = trained(model, compile=True)
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_recorded_as_cuda_graphs(accumulation: int) -> None:
+    """Gradients that are added up outlive the graphs that gave them."""
+    model = sparse("llama").cuda()
+    config = dataclasses.replace(RECIPE, steps=12, accumulation=accumulation)
+    expected, _ = trained(copy.deepcopy(model), config)
+    found, _ = trained(model, config, compile="reduce-overhead")
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=2e-2)

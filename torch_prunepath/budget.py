@@ -122,7 +122,13 @@ def _loss(output: Any, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def cost_curve(
-    h_NF: Tensor, down_FD: Tensor, scores_NE: Tensor, fisher_DD: Tensor, expert_size: int, rule: Rule
+    h_NF: Tensor,
+    down_FD: Tensor,
+    scores_NE: Tensor,
+    fisher_DD: Tensor,
+    expert_size: int,
+    rule: Rule,
+    shared: int = 0,
 ) -> Curve:
     """What one layer costs at each value of ``GIVEN_UP``, all other layers dense.
 
@@ -136,10 +142,11 @@ def cost_curve(
         fisher_DD: from :func:`fisher_information`.
         expert_size: S.
         rule: selection rule.
+        shared: how many experts, the first ones, are always active.
     """
     curve = []
     for given_up in GIVEN_UP:
-        mask_NE = mask_from_scores(scores_NE, torch.tensor(1.0 - given_up, device=scores_NE.device), rule)
+        mask_NE = mask_from_scores(scores_NE, torch.tensor(1.0 - given_up, device=scores_NE.device), rule, shared)
         active_NF = expand_experts(mask_NE, expert_size, h_NF.shape[1])
         delta_ND = h_NF.float().masked_fill(active_NF, 0) @ down_FD.float()
         cost_N = 0.5 * ((delta_ND @ fisher_DD) * delta_ND).sum(-1).clamp_min(0)

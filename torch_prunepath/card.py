@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.sparsity import SparsityRecord, sparse_layers
 
 CARD = "README.md"
@@ -68,6 +69,11 @@ def write_card(model: nn.Module, directory: str | Path, **facts: Any) -> bool:
     return True
 
 
+def hub_name(model: str) -> str | None:
+    """What a card can call the model that a command was given: its name on the hub, or None for files."""
+    return None if Path(model).exists() else model
+
+
 def _metadata(base_model: str | None) -> str:
     base = [f"base_model: {base_model}"] if base_model else []
     return "\n".join(["---", "library_name: transformers", *base, "tags:", "- prunepath", "- sparse", "---"])
@@ -80,13 +86,18 @@ def _layer_table(model: nn.Module, record: SparsityRecord | None) -> str:
         (
             f"`{name or type(model).__name__}`",
             layer.ffn.ffn_size,
-            f"{layer.num_experts} of {layer.experts.expert_size}",
+            _experts(layer),
             f"{float(layer.tau):.6g}",
             *((f"{found[layer.name]:.1%}" if layer.name in found else "not run",) if found else ()),
         )
         for name, layer in sparse_layers(model).items()
     ]
     return _table(head, rows)
+
+
+def _experts(layer: RoutedExperts) -> str:
+    shared = f", {layer.experts.shared} always active" if layer.experts.shared else ""
+    return f"{layer.num_experts} of {layer.experts.expert_size}{shared}"
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

@@ -17,22 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from torch_prunepath.errors import UserError
+from torch_prunepath.settings import add_settings, given_settings
 from torch_prunepath.sweep import command as sweep
 from torch_prunepath.train import command as train
 
 TAUS = (0.97, 0.95, 0.9, 0.8, 0.7)
-SETTINGS = {
-    "expert_size": int,
-    "partition": str,
-    "router": str,
-    "rule": str,
-    "gate": str,
-    "gate_offset": float,
-    "budget": str,
-    "calibration_tokens": int,
-    "seed": int,
-}
-"""Fields of ``SparsifyConfig``, which checks and documents their values."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_quickstart(commands)
     _add_sparsify(commands)
     _add_info(commands)
-    train.add_arguments(_add_command(commands, "train", train.job, train.SUMMARY), SETTINGS)
-    sweep.add_arguments(_add_command(commands, "sweep", sweep.job, sweep.SUMMARY), SETTINGS)
+    train.add_arguments(_add_command(commands, "train", train.job, train.SUMMARY))
+    sweep.add_arguments(_add_command(commands, "sweep", sweep.job, sweep.SUMMARY))
     _add_bench(commands)
     return parser
 
@@ -126,11 +115,7 @@ def _add_sparsify(commands: Any) -> None:
     knob.add_argument("--tau", type=float, default=0.9, help="threshold in (0, 1] (default: 0.9)")
     knob.add_argument("--sparsity", type=float, help="find the tau that reaches this inactive share of neurons")
     _add_text(command)
-    settings = command.add_argument_group("settings", "fields of torch_prunepath.SparsifyConfig, which documents them")
-    for name, kind in SETTINGS.items():
-        settings.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__
-        )
+    add_settings(command, "")
 
 
 def _sparsify(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -142,7 +127,7 @@ def _sparsify(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         output=arguments.output,
         tau=arguments.tau,
         sparsity=arguments.sparsity,
-        settings={name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)},
+        settings=given_settings(arguments),
     )
     results = convert.run(options)
     return results, convert.render(results)
@@ -175,6 +160,9 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--backend", default="prunepath", help="torch.compile's backend of the sparse model")
     command.add_argument(
         "--prompts", type=int, default=0, metavar="N", help="also measure N prompts of different lengths one by one"
+    )
+    command.add_argument(
+        "--profile", type=Path, metavar="FILE", help="write where one call's time goes: kernels (CUDA), operators (CPU)"
     )
 
 
@@ -221,6 +209,7 @@ def _bench_decode(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         sparse_modes=arguments.sparse_modes,
         backend=arguments.backend,
         requests=arguments.prompts,
+        profile=arguments.profile,
     )
     found = decode.run(asked)
     return found, results.render(found)

@@ -91,6 +91,10 @@ class SparsifyConfig:
         expert_size: S, neurons an expert. The last expert is smaller where F is no multiple of S.
         partition: how neurons are grouped (see :mod:`torch_prunepath.partition`).
         router: how routers start (see :mod:`torch_prunepath.router`).
+        router_norm: whether a router reads each token divided by its root mean square, so that how large a token is
+            does not decide how sure the router is of it. Nothing is learnt for it.
+        shared_experts: the first k experts of each layer, always active and with gate 1; the router chooses among the
+            others (DeepSeekMoE, arXiv 2401.06066). They hold the neurons that contribute most on calibration data.
         rule: ``"reach"``: the smallest top-ranked set whose mass reaches tau; ``"below"``: the set whose mass stays
             below tau, and the top expert (the rule of the PrunePath authors' released code).
         gate: weight of an active expert's output: ``"one"``, or ``"sigmoid"`` of its score (arXiv 2605.28283).
@@ -104,6 +108,8 @@ class SparsifyConfig:
     expert_size: int = 8
     partition: Partition = "coactivation"
     router: RouterInit = "fitted"
+    router_norm: bool = False
+    shared_experts: int = 0
     rule: Rule = "reach"
     gate: Gate = "one"
     gate_offset: float = 0.0
@@ -117,8 +123,12 @@ class SparsifyConfig:
         check_choice("rule", self.rule, Rule)
         check_choice("gate", self.gate, Gate)
         check_choice("budget", self.budget, Budget)
+        if not isinstance(self.router_norm, bool):
+            raise ValueError(f"router_norm={self.router_norm!r} must be True or False")
         if self.expert_size < 1:
             raise ValueError(f"expert_size={self.expert_size} must be at least 1")
+        if self.shared_experts < 0:
+            raise ValueError(f"shared_experts={self.shared_experts} must not be negative: 0 is none")
         if self.calibration_tokens < 1:
             raise ValueError(f"calibration_tokens={self.calibration_tokens} must be at least 1")
         if self.gate == "one" and self.gate_offset != 0.0:
@@ -127,7 +137,8 @@ class SparsifyConfig:
     @property
     def needs_data(self) -> bool:
         """Whether any choice needs calibration data."""
-        return self.partition == "coactivation" or self.router == "fitted" or self.budget == "sensitivity"
+        choices = self.partition == "coactivation", self.router == "fitted", self.budget == "sensitivity"
+        return any(choices) or self.shared_experts > 0
 
 
 def num_experts(ffn_size: int, expert_size: int) -> int:

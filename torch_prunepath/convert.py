@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_prunepath import report
-from torch_prunepath.card import write_card
+from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.corpus import fit_and_test, load_corpus
 from torch_prunepath.errors import as_user_error
 from torch_prunepath.evaluate import perplexity
@@ -80,9 +80,8 @@ def run(options: Options) -> dict[str, Any]:
         with writing(options.output):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            base = None if Path(options.model).exists() else options.model
             written = {"tau": f"{tau:.6g}", "perplexity": f"{sparse:.2f}", "perplexity, dense": f"{dense:.2f}"}
-            write_card(model, folder, base_model=base, record=record, measured=written)
+            write_card(model, folder, base_model=hub_name(options.model), record=record, measured=written)
     return results
 
 
@@ -113,11 +112,9 @@ def info(folder: Path) -> dict[str, Any]:
 def render_info(results: Mapping[str, Any]) -> str:
     """The results of :func:`info` as people read them."""
     settings = ", ".join(f"{name} {value}" for name, value in results["config"].items())
-    head = ("layer", "neurons", "experts", "expert size", "tau")
-    rows = [
-        (layer["name"], *(str(layer[key]) for key in ("ffn_size", "experts", "expert_size")), f"{layer['tau']:.6g}")
-        for layer in results["layers"]
-    ]
+    head = ("layer", "neurons", "experts", "expert size", "rule", "tau")
+    keys = ("name", "ffn_size", "experts", "expert_size", "rule")
+    rows = [(*(str(layer[key]) for key in keys), f"{layer['tau']:.6g}") for layer in results["layers"]]
     lines = [
         f"checkpoint  {results['checkpoint']} (format {results['format_version']}, {len(rows)} sparse layers)",
         f"made with   {settings}",

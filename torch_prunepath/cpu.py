@@ -11,6 +11,8 @@ from torch import Tensor
 from torch_prunepath import cpu_dense as dense
 from torch_prunepath import cpu_rows as rows
 from torch_prunepath.config import Rule
+from torch_prunepath.cpu_packs import Packs
+from torch_prunepath.cpu_packs import linear as packed_linear
 from torch_prunepath.cpu_select import active_experts, mask_of_tokens
 
 
@@ -25,12 +27,26 @@ def expert_up(
     expert_size: int,
 ) -> Tensor:
     """:func:`torch_prunepath.ops.expert_up` on a CPU."""
-    active, tokens = int(mask_TE.sum()), len(x_TD)
-    if _all_dots_pay(active * expert_size, tokens, up_FD, gate_FD):
+    return _hidden(x_TD, mask_TE, int(mask_TE.sum()), up_FD, up_F, gate_FD, gate_F, activation, expert_size)
+
+
+def _hidden(
+    x_TD: Tensor,
+    mask_TE: Tensor,
+    active: int,
+    up_FD: Tensor,
+    up_F: Tensor | None,
+    gate_FD: Tensor | None,
+    gate_F: Tensor | None,
+    activation: str,
+    expert_size: int,
+    packs: Packs | None = None,
+) -> Tensor:
+    if _all_dots_pay(active * expert_size, len(x_TD), up_FD, gate_FD, packs is not None and packs.every):
         pairs = rows.find_pairs(mask_TE, expert_size, up_FD)
         h_P = rows.hidden_of_pairs(x_TD, pairs, up_FD, up_F, gate_FD, gate_F, activation)
         return rows.spread_pairs(h_P, pairs, len(up_FD))
-    h_TF = dense.hidden_of_all(x_TD, up_FD, up_F, gate_FD, gate_F, activation)
+    h_TF = dense.hidden_of_all(x_TD, up_FD, up_F, gate_FD, gate_F, activation, packs)
     return h_TF if active == mask_TE.numel() else dense.mask_(h_TF, mask_TE, expert_size)
 
 
@@ -60,21 +76,28 @@ def sparse_ffn(
     down_D: Tensor | None,
     activation: str,
     expert_size: int,
+    packs: Packs | None = None,
 ) -> Tensor:
     """:func:`expert_down` of :func:`expert_up`, with the pairs found once and no copy of the hidden activations."""
-    neurons, tokens = int(mask_TE.sum()) * expert_size, len(x_TD)
-    if _both_pay(neurons, tokens, up_FD, gate_FD, down_FD):
+    active, tokens = int(mask_TE.sum()), len(x_TD)
+    neurons = active * expert_size
+    packed_DF = None if packs is None else packs.of("down", down_FD.t())
+    packs = None if packed_DF is None else packs
+    if _both_pay(neurons, tokens, up_FD, gate_FD, down_FD, packs):
         pairs = rows.find_pairs(mask_TE, expert_size, up_FD)
         weights = up_FD, up_F, gate_FD, gate_F, down_FD, down_D
         return _gathered(x_TD, pairs, gates_TE, *weights, activation, expert_size)
-    h_TF = expert_up(x_TD, mask_TE, up_FD, up_F, gate_FD, gate_F, activation, expert_size)
-    if rows.sums_pay(neurons, tokens, down_FD):
+    h_TF = _hidden(x_TD, mask_TE, active, up_FD, up_F, gate_FD, gate_F, activation, expert_size, packs)
+    if rows.sums_pay(neurons, tokens, down_FD, packed_DF is not None):
         return _sum_active(h_TF, mask_TE, gates_TE, down_FD, down_D, expert_size)
-    return dense.linear(dense.scale_(h_TF, gates_TE, expert_size), down_FD.t(), down_D)
+    h_TF = dense.scale_(h_TF, gates_TE, expert_size)
+    return dense.linear(h_TF, down_FD.t(), down_D) if packed_DF is None else packed_linear(h_TF, packed_DF, down_D)
 
 
-def _all_dots_pay(neurons: int, tokens: int, up_FD: Tensor, gate_FD: Tensor | None) -> bool:
-    return rows.dots_pay(neurons, tokens, up_FD) and (gate_FD is None or rows.dots_pay(neurons, tokens, gate_FD))
+def _all_dots_pay(neurons: int, tokens: int, up_FD: Tensor, gate_FD: Tensor | None, packed: bool = False) -> bool:
+    return rows.dots_pay(neurons, tokens, up_FD, packed) and (
+        gate_FD is None or rows.dots_pay(neurons, tokens, gate_FD, packed)
+    )
 
 
 def _sum_active(
@@ -100,20 +123,25 @@ def routed_ffn(
     down_D: Tensor | None,
     activation: str,
     expert_size: int,
+    normalise: bool = False,
+    shared: int = 0,
+    packs: Packs | None = None,
 ) -> Tensor:
-    """:func:`torch_prunepath.fused.sparse_ffn` on a CPU."""
+    """:func:`torch_prunepath.fused.sparse_ffn` on a CPU; ``packs`` are the layer's that the weights belong to."""
     weights = up_FD, up_F, gate_FD, gate_F, down_FD, down_D
     level = float(tau)
+    if packs is not None and (len(x_TD) < 2 or x_TD.dtype != torch.bfloat16 or not packs.count()):
+        packs = None
     if gate_offset is None and level >= 1:
         # Nobody needs the scores.
         mask_TE = torch.ones(len(x_TD), len(router_ED), dtype=torch.bool)
-        return sparse_ffn(x_TD, mask_TE, None, *weights, activation, expert_size)
-    scores_TE = dense.scores(x_TD, router_ED, router_E)
-    gates_TE = None if gate_offset is None else torch.sigmoid(scores_TE + gate_offset)
+        return sparse_ffn(x_TD, mask_TE, None, *weights, activation, expert_size, packs)
+    scores_TE = dense.scores(x_TD, router_ED, router_E, normalise, packs)
+    gates_TE = None if gate_offset is None else dense.gates(scores_TE, gate_offset, shared)
     if len(x_TD) != 1:
-        mask_TE = mask_of_tokens(scores_TE, level, rule)
-        return sparse_ffn(x_TD, mask_TE, gates_TE, *weights, activation, expert_size)
-    experts_K = active_experts(scores_TE.view(-1), level, rule)
+        mask_TE = mask_of_tokens(scores_TE, level, rule, shared)
+        return sparse_ffn(x_TD, mask_TE, gates_TE, *weights, activation, expert_size, packs)
+    experts_K = active_experts(scores_TE.view(-1), level, rule, shared)
     if _both_pay(len(experts_K) * expert_size, 1, up_FD, gate_FD, down_FD):
         pairs = rows.pairs_of_experts(experts_K, expert_size, up_FD)
         return _gathered(x_TD, pairs, gates_TE, *weights, activation, expert_size)
@@ -121,8 +149,18 @@ def routed_ffn(
     return sparse_ffn(x_TD, mask_TE, gates_TE, *weights, activation, expert_size)
 
 
-def _both_pay(neurons: int, tokens: int, up_FD: Tensor, gate_FD: Tensor | None, down_FD: Tensor) -> bool:
-    return rows.sums_pay(neurons, tokens, down_FD) and _all_dots_pay(neurons, tokens, up_FD, gate_FD)
+def _both_pay(
+    neurons: int,
+    tokens: int,
+    up_FD: Tensor,
+    gate_FD: Tensor | None,
+    down_FD: Tensor,
+    packs: Packs | None = None,
+) -> bool:
+    every = packs is not None and packs.every
+    return rows.sums_pay(neurons, tokens, down_FD, packs is not None) and _all_dots_pay(
+        neurons, tokens, up_FD, gate_FD, every
+    )
 
 
 def _gathered(

@@ -5,11 +5,16 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons (the last may
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.cpu_packs import Name, Packs
+from torch_prunepath.cpu_packs import linear as packed_linear
+from torch_prunepath.rms import EPSILON, inverse_rms
 
 CACHED_BYTES = 2 << 20
 """Router weights of lower precision are converted in blocks of this size."""
@@ -44,10 +49,16 @@ def hidden_of_all(
     gate_FD: Tensor | None,
     gate_F: Tensor | None,
     activation: str,
+    packs: Packs | None = None,
 ) -> Tensor:
     """Hidden activation of every neuron, active or not: ``[T, F]``, a tensor of its own."""
-    gate_TF = None if gate_FD is None else linear(x_TD, gate_FD, gate_F)
-    return activate(linear(x_TD, up_FD, up_F), gate_TF, activation)
+    gate_TF = None if gate_FD is None else _projected(x_TD, "gate", gate_FD, gate_F, packs)
+    return activate(_projected(x_TD, "up", up_FD, up_F, packs), gate_TF, activation)
+
+
+def _projected(x_TD: Tensor, name: Name, weight_FD: Tensor, bias_F: Tensor | None, packs: Packs | None) -> Tensor:
+    packed_FD = None if packs is None else packs.of(name, weight_FD)
+    return linear(x_TD, weight_FD, bias_F) if packed_FD is None else packed_linear(x_TD, packed_FD, bias_F)
 
 
 def mask_(h_TF: Tensor, mask_TE: Tensor, expert_size: int) -> Tensor:
@@ -97,15 +108,38 @@ def activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
 # --- router -----------------------------------------------------------------------------------------------------------
 
 
-def scores(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """``x W^T + b`` in float32: ``[T, E]``. A large weight is converted block by block, within the cache."""
+def scores(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, normalise: bool = False, packs: Packs | None = None
+) -> Tensor:
+    """``x W^T + b`` in float32: ``[T, E]``. A large weight is converted block by block, within the cache.
+
+    With ``normalise``, x is divided by its root mean square.
+    """
     x_TD = x_TD.float()
-    if weight_ED.dtype == torch.float32 or 4 * weight_ED.numel() <= CACHED_BYTES:
+    packed_ED = None if packs is None else packs.of("router", weight_ED)
+    if packed_ED is not None:
+        scores_TE = packed_linear(x_TD, packed_ED, None)
+    elif weight_ED.dtype == torch.float32 or 4 * weight_ED.numel() <= CACHED_BYTES:
         scores_TE = _product(x_TD, weight_ED.float())
     else:
         size = max(1, CACHED_BYTES // (4 * weight_ED.shape[1]))
         scores_TE = torch.cat([_product(x_TD, block.float()) for block in weight_ED.split(size)], dim=1)
+    if normalise:
+        scores_TE.mul_(_inverse_rms_of_one(x_TD) if len(x_TD) == 1 else inverse_rms(x_TD))
     return scores_TE if bias_E is None else scores_TE.add_(bias_E)
+
+
+def _inverse_rms_of_one(x_1D: Tensor) -> float:
+    """:func:`inverse_rms` of a single token: as a number, without five operators on a single element."""
+    return 1 / math.sqrt(float(torch.linalg.vector_norm(x_1D)) ** 2 / x_1D.shape[1] + EPSILON)
+
+
+def gates(scores_TE: Tensor, offset: float, shared: int) -> Tensor:
+    """``sigmoid(scores + offset)``, and 1 for the first ``shared`` experts: ``[T, E]``."""
+    gates_TE = torch.sigmoid(scores_TE + offset)
+    if shared:
+        gates_TE[:, :shared] = 1.0
+    return gates_TE
 
 
 def _product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

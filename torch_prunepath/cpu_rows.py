@@ -51,7 +51,7 @@ class Pairs:
 # --- what pays --------------------------------------------------------------------------------------------------------
 
 
-def dots_pay(pairs: int, tokens: int, rows_FD: Tensor) -> bool:
+def dots_pay(pairs: int, tokens: int, rows_FD: Tensor, packed: bool = False) -> bool:
     """Whether :func:`dot_rows` of P pairs is expected to be faster than a dense product of T tokens with all rows.
 
     A dense product reads every row once, whatever T. A gathered one pays for every pair: with 16-bit rows as much as
@@ -63,24 +63,29 @@ def dots_pay(pairs: int, tokens: int, rows_FD: Tensor) -> bool:
         pairs: P, summed over tokens.
         tokens: T.
         rows_FD: gate, up or fc1 rows ``[F, D]``.
+        packed: whether the dense product would read a copy in oneDNN's order (:mod:`torch_prunepath.cpu_packs`),
+            which takes about half the time.
     """
     if not _gatherable(tokens, rows_FD):
         return False
     if rows_FD.element_size() == 2:
         row_bytes = 2 * rows_FD.shape[1]
         share = 1.8 * row_bytes / (row_bytes + 2200)
-        share = 2 * share if tokens == 1 else share
+        share *= 2 if tokens == 1 else 0.45 if packed else 1
     else:
         share = 0.5 if rows_FD.element_size() > 4 else 3.0 if rows_FD.nbytes >= LARGE_BYTES else 2.0
     return pairs <= share * rows_FD.shape[0]
 
 
-def sums_pay(pairs: int, tokens: int, rows_FD: Tensor) -> bool:
+def sums_pay(pairs: int, tokens: int, rows_FD: Tensor, packed: bool = False) -> bool:
     """As :func:`dots_pay`, for :func:`sum_rows` and down rows ``[F, D]``.
 
-    They pay longer: in 16 bits the dense product first copies a weight that is laid out by rows.
+    They pay longer: in 16 bits the dense product first copies a weight that is laid out by rows, unless there is a
+    ``packed`` copy of it (:mod:`torch_prunepath.cpu_packs`).
     """
-    if rows_FD.nbytes >= LARGE_BYTES:
+    if packed:
+        share = 0.6 if rows_FD.nbytes >= LARGE_BYTES else 0.4
+    elif rows_FD.nbytes >= LARGE_BYTES:
         share = 4.0
     else:
         share = 1.0 if rows_FD.element_size() == 2 else 2.0

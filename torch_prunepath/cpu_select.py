@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from torch_prunepath.config import Rule
-from torch_prunepath.select import mask_from_scores
+from torch_prunepath.select import mask_from_scores, with_shared
 
 
-def active_experts(scores_E: Tensor, tau: float, rule: Rule) -> Tensor:
-    """The active experts of one token, most probable first: float32 ``[E]`` -> int64 ``[K]``."""
+def active_experts(scores_E: Tensor, tau: float, rule: Rule, shared: int = 0) -> Tensor:
+    """The active experts of one token, shared ones first, then by probability: float32 ``[E]`` -> int64 ``[K]``."""
+    if shared:
+        return torch.cat([torch.arange(shared), active_experts(scores_E[shared:], tau, rule) + shared])
     ranked_E, order_E = scores_E.softmax(-1).sort(descending=True, stable=True)
     # Cumulative sums only grow, so that a binary search counts those under tau; NaN counts as under it.
     under = int(torch.searchsorted(ranked_E.cumsum(-1), tau))
@@ -27,8 +29,10 @@ def active_experts(scores_E: Tensor, tau: float, rule: Rule) -> Tensor:
     return order_E[: under + 1 if rule == "reach" else max(under, 1)]
 
 
-def mask_of_tokens(scores_TE: Tensor, tau: float, rule: Rule) -> Tensor:
+def mask_of_tokens(scores_TE: Tensor, tau: float, rule: Rule, shared: int = 0) -> Tensor:
     """The active experts of every token: ``[T, E]`` -> bool ``[T, E]``."""
+    if shared:
+        return with_shared(mask_of_tokens(scores_TE[:, shared:], tau, rule), shared)
     if tau >= 1 or not scores_TE.numel():
         return torch.ones_like(scores_TE, dtype=torch.bool)
     p_TE = scores_TE.detach().float().softmax(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_prunepath import cpu
-from torch_prunepath.ops import expert_down, expert_up, register_cuda, router_scores, select_experts
+from torch_prunepath.ops import expert_down, expert_up, register_cuda, router_scores, select_experts, sigmoid_gates
 
 
 @torch.library.custom_op("prunepath::sparse_ffn", mutates_args=())
@@ -28,6 +28,8 @@ def sparse_ffn(
     down_bias_D: Tensor | None,
     activation: str,
     expert_size: int,
+    normalise: bool = False,
+    shared: int = 0,
 ) -> Tensor:
     """``sum over active e of g_e * FFN_e(x)``, plus the bias of down once.
 
@@ -49,13 +51,15 @@ def sparse_ffn(
         down_bias_D: ``[D]`` or None.
         activation: key of ``ACTIVATIONS``.
         expert_size: S.
+        normalise: whether the router reads ``x`` divided by its root mean square.
+        shared: the first so many experts are active whatever their scores, with gate 1.
 
     Returns:
         ``[T, D]`` in the dtype of ``x_TD``.
     """
-    scores_TE = router_scores(x_TD, router_ED, router_bias_E)
-    mask_TE = select_experts(scores_TE, tau, rule)
-    gates_TE = None if gate_offset is None else torch.sigmoid(scores_TE + gate_offset)
+    scores_TE = router_scores(x_TD, router_ED, router_bias_E, normalise)
+    mask_TE = select_experts(scores_TE, tau, rule, shared)
+    gates_TE = None if gate_offset is None else sigmoid_gates(scores_TE, gate_offset, shared)
     h_TF = expert_up(x_TD, mask_TE, up_FD, up_bias_F, gate_FD, gate_bias_F, activation, expert_size)
     return expert_down(h_TF, mask_TE, gates_TE, down_FD, down_bias_D, expert_size)
 
@@ -79,6 +83,8 @@ def _(  # type: ignore[no-untyped-def]
     down_bias_D,
     activation,
     expert_size,
+    normalise=False,
+    shared=0,
 ):
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
 

@@ -21,20 +21,30 @@ from torch.utils.hooks import RemovableHandle
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
 from torch_prunepath.cpu import routed_ffn
+from torch_prunepath.cpu_packs import Packs
 from torch_prunepath.ffn import FFNView, bias_of, site_name, weight_out_in
 from torch_prunepath.fused import sparse_ffn
-from torch_prunepath.ops import expand_experts, expert_down, expert_up, select_experts, zero_inactive
+from torch_prunepath.ops import expand_experts, expert_down, expert_up, select_experts, sigmoid_gates, zero_inactive
 from torch_prunepath.router import Router
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """How a sparse FFN routes: its experts' size S, selection rule, gate, and the constant inside the sigmoid gate."""
+    """How a sparse FFN routes.
+
+    Attributes:
+        expert_size: S.
+        rule: of the selection.
+        gate: weight of an active expert's output.
+        gate_offset: the constant inside the sigmoid gate.
+        shared: how many experts, the first ones, are always active with gate 1; the router chooses among the others.
+    """
 
     expert_size: int
     rule: Rule = "reach"
     gate: Gate = "one"
     gate_offset: float = 0.0
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,9 @@ class Routing:
 
 RoutingHook = Callable[[Routing], Tensor | None]
 
+SelectionRule = Callable[[Tensor, Tensor], Tensor]
+"""``(scores_TE, tau) -> mask_TE``, of tensor operations alone: it is traced by torch.compile, once for alike layers."""
+
 
 class Recorder(Protocol):
     """Watches a layer like a routing hook, but changes nothing; torch.compile traces it with the layer."""
@@ -72,14 +85,14 @@ class Swapped(nn.Module):
     """A module whose class was swapped for one made at run time; pickle and deepcopy rebuild the class."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        dense, kind = _bases(type(self))
+        dense, kind = bases_of(type(self))
         return _blank, (dense, kind), self.__dict__.copy()
 
 
 class RoutedExperts(Swapped):
     """What every sparse layer has: a router, tau, the permutation of its neurons, and routing hooks.
 
-    Never built by itself: it is mixed into the class of an existing module by :func:`make_routed`.
+    Never built by itself: it is mixed into the class of an existing module by :func:`torch_prunepath.swap.make_routed`.
     """
 
     ffn: FFNSpec
@@ -90,6 +103,7 @@ class RoutedExperts(Swapped):
     budget: float
     routing_hooks: OrderedDict[int, RoutingHook]
     recorders: tuple[Recorder, ...] = ()
+    selection: SelectionRule | None = None  # in the place of experts.rule
 
     @property
     def name(self) -> str:
@@ -101,19 +115,32 @@ class RoutedExperts(Swapped):
         """E."""
         return num_experts(self.ffn.ffn_size, self.experts.expert_size)
 
+    @property
+    def router_norm(self) -> bool:
+        """Whether the router reads tokens divided by their root mean square; adapters around it do not."""
+        return getattr(self.router, "base_layer", self.router).normalise
+
     def route(self, x_TD: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, or None where all are 1."""
         scores_TE = self.router(x_TD)
-        mask_TE = select_experts(scores_TE, self.tau, self.experts.rule)
+        experts = self.experts
+        if self.selection is None:
+            mask_TE = select_experts(scores_TE, self.tau, experts.rule, experts.shared)
+        else:
+            mask_TE = self.selection(scores_TE.detach(), self.tau)
         for hook in self.routing_hooks.values():
             replaced = hook(Routing(self.name, x_TD, scores_TE, mask_TE, shape))
             if replaced is not None:
                 mask_TE = _checked_mask(self.name, replaced, mask_TE)
         for recorder in self.recorders:
             recorder.note(self, x_TD, scores_TE, mask_TE, shape)
-        if self.experts.gate == "one":
+        if experts.gate == "one":
             return mask_TE, None
-        return mask_TE, torch.sigmoid(scores_TE + self.experts.gate_offset)
+        return mask_TE, sigmoid_gates(scores_TE, experts.gate_offset, experts.shared)
+
+    def routed(self, values_TE: Tensor) -> Tensor:
+        """Of what there is for every expert, that of those which the router chooses among: all but the shared ones."""
+        return values_TE[:, self.experts.shared :] if self.experts.shared else values_TE
 
     def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
         """Call ``hook(routing)`` after every selection; a bool ``[T, E]`` that it returns replaces the mask."""
@@ -150,6 +177,7 @@ class SparseFFN(RoutedExperts):
     """A whole FFN that computes only the experts its router chooses."""
 
     projection_types: tuple[type, ...]  # of the modules that discovery found to compute a linear layer
+    packs: Packs | None = None  # a user may give one
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
@@ -170,12 +198,18 @@ class SparseFFN(RoutedExperts):
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if self.packs is not None:
+            self.packs.clear()
+        return super()._apply(fn, recurse)
+
     def _takes_one_operator(self, view: FFNView, x_TD: Tensor) -> bool:
-        """Whether nobody needs what lies between the router's input and the output: no gradient, hook or dropout."""
+        """Whether only the output is needed, of our own rule: no gradient, hook or dropout."""
         return (
             not torch.is_grad_enabled()
             and not self.training
             and not self.recorders
+            and self.selection is None
             and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
             and not _watched(self.router)
@@ -188,7 +222,7 @@ class SparseFFN(RoutedExperts):
     def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:
         experts, router = self.experts, self.router
         # The operator's dispatch costs as much as a small layer's projection.
-        compute = routed_ffn if _runs_here_and_now(x_TD) else sparse_ffn
+        compute = functools.partial(routed_ffn, packs=self.packs) if _runs_here_and_now(x_TD) else sparse_ffn
         return compute(
             x_TD,
             router.weight,
@@ -204,6 +238,8 @@ class SparseFFN(RoutedExperts):
             view.down_bias_D,
             self.ffn.activation,
             experts.expert_size,
+            router.normalise,
+            experts.shared,
         )
 
 
@@ -355,75 +391,23 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 @functools.cache
-def _sparse_class(dense: type, kind: type) -> type:
+def sparse_class(dense: type, kind: type) -> type:
     """The class ``kind`` mixed over ``dense``: one for each pair, so that ``type(a) is type(b)`` for like layers."""
     return type(f"{kind.__name__}[{dense.__name__}]", (kind, dense), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
-def _bases(sparse: type) -> tuple[type, type]:
+def bases_of(sparse: type) -> tuple[type, type]:
+    """The dense class and the kind that :func:`sparse_class` made a class of."""
     kind, dense = sparse.__bases__
     return dense, kind
 
 
 def _blank(dense: type, kind: type) -> nn.Module:
     """An instance without state, for pickle and deepcopy: the class has no importable name of its own."""
-    cls = _sparse_class(dense, kind)
+    cls = sparse_class(dense, kind)
     return cls.__new__(cls)  # type: ignore[no-any-return, call-overload]
 
 
 def is_sparse(module: nn.Module) -> bool:
     """Whether ``module`` is a sparse layer (or the second half of one)."""
     return isinstance(module, Swapped)
-
-
-def make_routed(
-    view: FFNView, experts: ExpertsSpec, router: Router, order_F: Tensor, tau: float, budget: float = 1.0
-) -> RoutedExperts:
-    """Turn a dense FFN, whose neurons are already in expert order, into a sparse one, in place.
-
-    Args:
-        view: the dense FFN.
-        experts: how it routes.
-        router: ``Router(D, E)``.
-        order_F: the permutation that was applied.
-        tau: in (0, 1].
-        budget: how much of the model's tau this layer takes part in; see :func:`torch_prunepath.sparsity.layer_tau`.
-    """
-    spec = view.spec
-    site = view.up if spec.split else view.owner
-    device = weight_out_in(view.up).device
-    site.__class__ = _sparse_class(type(site), SparseUp if spec.split else SparseFFN)  # type: ignore[arg-type]
-    assert isinstance(site, RoutedExperts)
-    site.ffn, site.experts, site.budget, site.routing_hooks = spec, experts, budget, OrderedDict()
-    site.router = router
-    site.register_buffer("tau", torch.tensor(tau, dtype=torch.float32, device=device), persistent=False)
-    site.register_buffer("permutation", order_F.to(device=device, dtype=torch.int32))
-    if isinstance(site, SparseFFN):
-        site.projection_types = tuple(
-            {type(module) for module in (view.up, view.gate, view.down) if module is not None}
-        )
-    if isinstance(site, SparseUp):
-        site.handoff = handoff = Handoff()
-        view.down.__class__ = _sparse_class(type(view.down), SparseDown)  # type: ignore[arg-type]
-        view.down.handoff, view.down.expert_size = handoff, experts.expert_size  # type: ignore[assignment]
-    return site
-
-
-_ROUTED_STATE = (
-    "router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "recorders", "projection_types",
-    "handoff",
-)  # fmt: skip
-_DOWN_STATE = ("handoff", "expert_size")
-
-
-def make_dense(view: FFNView) -> None:
-    """Undo :func:`make_routed`, in place, also one that was interrupted. Neurons stay in expert order."""
-    site = view.up if view.spec.split else view.owner
-    for module, names in ((site, _ROUTED_STATE), (view.down, _DOWN_STATE)):
-        if not is_sparse(module):
-            continue
-        for name in names:
-            for holder in (module._modules, module._buffers, module.__dict__):
-                holder.pop(name, None)
-        module._non_persistent_buffers_set.discard("tau")
-        module.__class__ = _bases(type(module))[0]

@@ -16,26 +16,38 @@ from torch import nn
 
 from torch_prunepath.config import FORMAT_VERSION, FFNSpec, SparsifyConfig, check_tau, num_experts
 from torch_prunepath.ffn import FFNView, weight_out_in
-from torch_prunepath.layer import ExpertsSpec, RoutedExperts, make_routed
+from torch_prunepath.layer import ExpertsSpec, RoutedExperts
 from torch_prunepath.router import Router
+from torch_prunepath.rules import HELD, held_rule
+from torch_prunepath.swap import make_routed
 
 METHOD = "prunepath"
 
 
 @dataclass(frozen=True)
 class LayerManifest:
-    """One sparse layer: where it is, how it routes, its tau, its budget, and whether its router has a bias."""
+    """One sparse layer: where it is, how it routes, its tau and budget, whether its router has bias and norm."""
 
     ffn: FFNSpec
     experts: ExpertsSpec
     tau: float
     budget: float = 1.0
     router_bias: bool = False
+    router_norm: bool = False
+    selection: str | None = None
+    """The rule of :data:`torch_prunepath.rules.HELD` that stands in the place of ``experts.rule``, if any."""
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
+        if self.selection is not None and self.selection not in HELD:
+            raise ValueError(f"{self.ffn.name}: selection={self.selection!r} is not known: upgrade torch_prunepath")
         if not self.budget > 0:
             raise ValueError(f"{self.ffn.name}: budget={self.budget} must be positive")
+        if self.experts.expert_size < 1:
+            raise ValueError(f"{self.ffn.name}: expert_size={self.experts.expert_size} must be at least 1")
+        experts = num_experts(self.ffn.ffn_size, self.experts.expert_size)
+        if not 0 <= self.experts.shared < experts:
+            raise ValueError(f"{self.ffn.name}: {self.experts.shared} of {experts} experts cannot be shared")
 
 
 @dataclass(frozen=True)
@@ -77,10 +89,13 @@ class Manifest:
 def describe(model: nn.Module, config: SparsifyConfig) -> Manifest:
     """The manifest of a sparse model."""
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    return Manifest(
-        tuple(LayerManifest(m.ffn, m.experts, float(m.tau), m.budget, m.router.bias is not None) for m in layers),
-        config,
-    )
+    return Manifest(tuple(map(_describe, layers)), config)
+
+
+def _describe(layer: RoutedExperts) -> LayerManifest:
+    bias = layer.router.bias is not None
+    selection = held_rule(layer)
+    return LayerManifest(layer.ffn, layer.experts, float(layer.tau), layer.budget, bias, layer.router_norm, selection)
 
 
 def attach(model: nn.Module, manifest: Manifest | None) -> None:
@@ -146,6 +161,9 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         weight = weight_out_in(view.up)
         ffn, size = view.spec, layer.experts.expert_size
         router = Router(ffn.hidden_size, num_experts(ffn.ffn_size, size), bias=layer.router_bias).to(weight.dtype)
+        router.normalise = layer.router_norm
         with torch.device(weight.device):
             order_F = torch.arange(ffn.ffn_size)
-        make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)
+        site = make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)
+        if layer.selection is not None:
+            site.selection = HELD[layer.selection]

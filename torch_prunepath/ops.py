@@ -21,6 +21,7 @@ from torch_prunepath import cpu, cpu_dense
 from torch_prunepath.activations import ACTIVATION_BACKWARDS, ACTIVATIONS
 from torch_prunepath.config import Rule
 from torch_prunepath.cpu_select import mask_of_tokens
+from torch_prunepath.rms import inverse_rms
 from torch_prunepath.select import mask_from_scores
 
 
@@ -57,55 +58,70 @@ def weighted(h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, expert_size
 
 
 @torch.library.custom_op("prunepath::router_scores", mutates_args=())
-def router_scores(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    """``x W^T + b`` in float32, whatever the dtypes of its inputs: ``[T, D], [E, D], [E] -> [T, E]``."""
+def router_scores(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, normalise: bool = False) -> Tensor:
+    """``x W^T + b`` in float32, whatever the dtypes of its inputs: ``[T, D], [E, D], [E] -> [T, E]``.
+
+    With ``normalise``, of x divided by its root mean square: ``(x W^T) / sqrt(mean(x^2) + 1e-6) + b``.
+    """
+    bias_E = None if bias_E is None else bias_E.float()
     with torch.autocast(x_TD.device.type, enabled=False):
-        return nnf.linear(x_TD.float(), weight_ED.float(), None if bias_E is None else bias_E.float())
+        if not normalise:
+            return nnf.linear(x_TD.float(), weight_ED.float(), bias_E)
+        scores_TE = nnf.linear(x_TD.float(), weight_ED.float()) * inverse_rms(x_TD)
+        return scores_TE if bias_E is None else scores_TE + bias_E
 
 
 @router_scores.register_kernel("cpu")
-def _router_scores_cpu(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+def _router_scores_cpu(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, normalise: bool = False) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        return cpu_dense.scores(x_TD, weight_ED, bias_E)
+        return cpu_dense.scores(x_TD, weight_ED, bias_E, normalise)
 
 
 @router_scores.register_fake
-def _(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+def _(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, normalise: bool = False) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("prunepath::router_scores_backward", mutates_args=())
-def router_scores_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, needs: list[bool]) -> list[Tensor]:
+def router_scores_backward(
+    grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, needs: list[bool], normalise: bool = False
+) -> list[Tensor]:
     """Gradients of x, weight and bias (float32), in this order; those not in ``needs`` are empty tensors."""
     grads = [x_TD.new_empty(0), weight_ED.new_empty(0), grad_TE.new_empty(0)]
     with torch.autocast(x_TD.device.type, enabled=False):
-        if needs[0]:
-            grads[0] = (grad_TE @ weight_ED.float()).to(x_TD.dtype)
-        if needs[1]:
-            grads[1] = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
         if needs[2]:
             grads[2] = grad_TE.sum(0)
+        scale_T1 = inverse_rms(x_TD) if normalise else None
+        grad_TE = grad_TE if scale_T1 is None else grad_TE * scale_T1
+        if needs[0]:
+            grad_TD = grad_TE @ weight_ED.float()
+            if scale_T1 is not None:  # less what goes along x itself, to which the scores are blind
+                x32_TD = x_TD.float()
+                grad_TD = grad_TD - x32_TD * (scale_T1.square() * (grad_TD * x32_TD).mean(-1, keepdim=True))
+            grads[0] = grad_TD.to(x_TD.dtype)
+        if needs[1]:
+            grads[1] = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
     return grads
 
 
 @router_scores_backward.register_fake
-def _(grad_TE, x_TD, weight_ED, needs):  # type: ignore[no-untyped-def]
+def _(grad_TE, x_TD, weight_ED, needs, normalise=False):  # type: ignore[no-untyped-def]
     shapes = (x_TD.shape, weight_ED.shape, grad_TE.shape[1:])
     likes = (x_TD, weight_ED, grad_TE)
     return [like.new_empty(shape if need else 0) for like, shape, need in zip(likes, shapes, needs, strict=True)]
 
 
 def _router_scores_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_TD, weight_ED, bias_E = inputs
+    x_TD, weight_ED, bias_E, ctx.normalise = inputs
     ctx.bias_dtype = None if bias_E is None else bias_E.dtype
     ctx.save_for_backward(x_TD, weight_ED)
 
 
 def _router_scores_autograd(ctx, grad_TE):  # type: ignore[no-untyped-def]
-    needs = list(ctx.needs_input_grad)
-    grads = router_scores_backward(grad_TE, *ctx.saved_tensors, needs)
+    needs = list(ctx.needs_input_grad[:3])
+    grads = router_scores_backward(grad_TE, *ctx.saved_tensors, needs, ctx.normalise)
     x, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return x, weight, None if bias is None else bias.to(ctx.bias_dtype)
+    return x, weight, None if bias is None else bias.to(ctx.bias_dtype), None
 
 
 router_scores.register_autograd(_router_scores_autograd, setup_context=_router_scores_setup)
@@ -115,19 +131,26 @@ router_scores.register_autograd(_router_scores_autograd, setup_context=_router_s
 
 
 @torch.library.custom_op("prunepath::select_experts", mutates_args=())
-def select_experts(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
+def select_experts(scores_TE: Tensor, tau: Tensor, rule: str, shared: int = 0) -> Tensor:
     """:func:`torch_prunepath.select.select_experts` as an operator; ``tau``: 0-d float32. No gradient."""
-    return mask_from_scores(scores_TE, tau, rule)  # type: ignore[arg-type]
+    return mask_from_scores(scores_TE, tau, rule, shared)  # type: ignore[arg-type]
 
 
 @select_experts.register_kernel("cpu")
-def _select_experts_cpu(scores_TE: Tensor, tau: Tensor, rule: Rule) -> Tensor:
-    return mask_of_tokens(scores_TE, float(tau), rule)
+def _select_experts_cpu(scores_TE: Tensor, tau: Tensor, rule: Rule, shared: int = 0) -> Tensor:
+    return mask_of_tokens(scores_TE, float(tau), rule, shared)
 
 
 @select_experts.register_fake
-def _(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
+def _(scores_TE: Tensor, tau: Tensor, rule: str, shared: int = 0) -> Tensor:
     return torch.empty_like(scores_TE, dtype=torch.bool)
+
+
+def sigmoid_gates(scores_TE: Tensor, offset: float, shared: int = 0) -> Tensor:
+    """The experts' gates, ``sigmoid(scores + offset)``, and 1 for the first ``shared``: ``[T, E]``."""
+    if not shared:
+        return torch.sigmoid(scores_TE + offset)
+    return nnf.pad(torch.sigmoid(scores_TE[:, shared:] + offset), (shared, 0), value=1.0)
 
 
 # --- expert_up --------------------------------------------------------------------------------------------------------

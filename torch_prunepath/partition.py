@@ -95,7 +95,13 @@ def coactivation(contributions_TF: Tensor, expert_size: int, *, iterations: int 
 
 
 def partition(
-    name: Partition, view: FFNView, contributions_TF: Tensor | None, expert_size: int, seed: int = 0
+    name: Partition,
+    view: FFNView,
+    contributions_TF: Tensor | None,
+    expert_size: int,
+    seed: int = 0,
+    *,
+    first_N: Tensor | None = None,
 ) -> Tensor:
     """The permutation by one of four methods; neurons ascend within an expert, experts by their smallest neuron.
 
@@ -108,6 +114,7 @@ def partition(
         contributions_TF: ``[T, F]``; only ``"coactivation"`` looks at it, and needs it.
         expert_size: S.
         seed: seed of whatever is random.
+        first_N: neurons that come first, as they are, and whole experts of them; the others are grouped. None: none.
 
     Raises:
         ValueError: if the name is not known, the contributions are missing or do not fit the FFN, or an argument is out
@@ -116,21 +123,51 @@ def partition(
     check_choice("partition", name, Partition)
     if expert_size < 1:
         raise ValueError(f"expert_size={expert_size} must be at least 1")
-    ffn_size = view.spec.ffn_size
+    if first_N is not None:
+        others_F = torch.ones(view.spec.ffn_size, dtype=torch.bool).index_fill_(0, first_N, False).nonzero().squeeze(1)
+        order = _group(name, view, contributions_TF, expert_size, seed, others_F)
+        return torch.cat([first_N, others_F[order]])
+    return _group(name, view, contributions_TF, expert_size, seed, None)
+
+
+def largest_contributions(contributions_TF: Tensor, count: int) -> Tensor:
+    """The neurons that contribute most, averaged over tokens: int64 ``[count]`` on the CPU, ascending.
+
+    They do for every token what a router need not choose: the shared experts of DeepSeekMoE (arXiv 2401.06066).
+    """
+    mean_F = contributions_TF.float().mean(0).cpu()
+    return mean_F.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _group(
+    name: Partition,
+    view: FFNView,
+    contributions_TF: Tensor | None,
+    expert_size: int,
+    seed: int,
+    some_F: Tensor | None,
+) -> Tensor:
+    """:func:`partition` of all neurons, or of ``some_F`` as if there were no others."""
+    ffn_size = view.spec.ffn_size if some_F is None else len(some_F)
     if name == "contiguous":
         return contiguous(ffn_size)
     if name == "random":
         return tidy(random(ffn_size, seed), expert_size)
     if name == "kmeans":
-        return balanced_kmeans(weight_features(view).cpu(), expert_size, seed=seed)
+        features_FD = weight_features(view).cpu()
+        return balanced_kmeans(features_FD if some_F is None else features_FD[some_F], expert_size, seed=seed)
     if contributions_TF is None:
         raise ValueError(
             "partition='coactivation' groups neurons by what they contribute on calibration data, and there is none: "
             "pass calibration data, or choose partition='kmeans', which looks at weights alone"
         )
-    if contributions_TF.dim() != 2 or contributions_TF.shape[1] != ffn_size:
-        raise ValueError(f"contributions have shape {list(contributions_TF.shape)}, and the FFN {ffn_size} neurons")
-    return coactivation(contributions_TF.cpu(), expert_size, seed=seed)
+    if contributions_TF.dim() != 2 or contributions_TF.shape[1] != view.spec.ffn_size:
+        shape = list(contributions_TF.shape)
+        raise ValueError(f"contributions have shape {shape}, and the FFN {view.spec.ffn_size} neurons")
+    contributions_TF = contributions_TF.cpu()
+    if some_F is not None:
+        contributions_TF = contributions_TF[:, some_F]
+    return coactivation(contributions_TF, expert_size, seed=seed)
 
 
 def _check_ffn_size(ffn_size: int) -> int:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from torch_prunepath import report
+from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.corpus import fit_and_test, load_corpus
 from torch_prunepath.errors import as_user_error
 from torch_prunepath.evaluate import decode_speed, perplexity
 from torch_prunepath.models import SMOLLM2, cache_folder, fetch, load_gguf, load_model, longest_context
 from torch_prunepath.output import check_room, output_folder, writing
+from torch_prunepath.sparsity import SparsityRecord
 
 PROMPT = "The Python programming language is"
 PROMPT_TOKENS = 16
@@ -68,17 +70,23 @@ def run(options: Options) -> dict[str, Any]:
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
+        rows, records = _measure(model, fit_NC, test_NC, taus, config)
+        tau = taus[len(taus) // 2]
         results: dict[str, Any] = {
             "command": "quickstart",
             **report.machine(),
             "model": report.model(name, model),
             "text": report.text(corpus.name, fit_NC, test_NC),
             "config": asdict(config),
-            "rows": _measure(model, fit_NC, test_NC, taus, config),
+            "rows": rows,
+            "checkpoint_tau": tau,
         }
-        results["checkpoint_tau"] = taus[len(taus) // 2]
-        torch_prunepath.set_tau(model, results["checkpoint_tau"])
+        torch_prunepath.set_tau(model, tau)
         results |= _save_and_reload(model, tokenizer, test_NC, folder, options.output)
+        with writing(options.output):
+            base = None if options.model is None else hub_name(options.model)
+            written = _on_card(rows, tau)
+            write_card(model, folder / "checkpoint", base_model=base, record=records[tau], measured=written)
         results["plot"] = _plot(results["rows"], folder, options.output)
         results["output"] = str(options.output)
         results["seconds"] = round(time.perf_counter() - started, 1)
@@ -115,8 +123,21 @@ def _get_model(name: str | None) -> tuple[str, Any, Any]:
     return name, *load_model(name)
 
 
-def _measure(model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], config: Any) -> list[dict[str, Any]]:
-    """Make the model sparse; return a row for the dense model and one for each tau."""
+def _on_card(rows: Sequence[dict[str, Any]], tau: float) -> dict[str, str]:
+    """What the model card tells besides the sparsity of each layer."""
+    dense, *sparse = rows
+    (row,) = [row for row in sparse if row["tau"] == tau]
+    return {
+        "tau": f"{tau:.6g}",
+        "perplexity": f"{row['perplexity']:.2f}",
+        "perplexity, dense": f"{dense['perplexity']:.2f}",
+    }
+
+
+def _measure(
+    model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], config: Any
+) -> tuple[list[dict[str, Any]], dict[float, SparsityRecord]]:
+    """Make the model sparse; return a row for the dense model and one for each tau, and the records of each tau."""
     import torch_prunepath
 
     prompt_1P = test_NC[:1, :PROMPT_TOKENS]
@@ -138,13 +159,15 @@ def _measure(model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], confi
     _say("building experts and fitting routers")
     with as_user_error(ValueError):
         torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=[fit_NC])
+    records = {}
     for tau in taus:
         torch_prunepath.set_tau(model, tau)
         name = f"tau {tau:g}"
         with torch_prunepath.record_sparsity(model) as record:
             quality = perplexity(model, test_NC, title=f"{name}: perplexity")
+        records[tau] = record
         rows.append(row(name, tau, record.sparsity, quality))
-    return rows
+    return rows, records
 
 
 def _save_and_reload(model: Any, tokenizer: Any, test_NC: Any, folder: Path, output: Path) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from torch import Tensor
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import num_experts
 from torch_prunepath.ffn import FFNView
+from torch_prunepath.rms import EPSILON
 
 
-def select_reference(scores: list[float], tau: float, rule: str = "reach") -> list[bool]:
+def select_reference(scores: list[float], tau: float, rule: str = "reach", shared: int = 0) -> list[bool]:
     """The selection of one token in plain Python, from the definition."""
+    if shared:
+        return [True] * shared + select_reference(scores[shared:], tau, rule)
     if tau >= 1.0:
         return [True] * len(scores)
     p = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
@@ -27,6 +30,17 @@ def select_reference(scores: list[float], tau: float, rule: str = "reach") -> li
             active[e] = True
         mass += p[e]
     return active
+
+
+def router_scores_reference(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, normalise: bool = False) -> Tensor:
+    """Router scores in float64, token by token; of the token divided by its root mean square if ``normalise``."""
+    weight_ED, bias_E = weight_ED.double(), None if bias_E is None else bias_E.double()
+    rows = []
+    for x_D in x_TD.double():
+        if normalise:
+            x_D = x_D / (x_D.square().mean() + EPSILON).sqrt()
+        rows.append(weight_ED @ x_D if bias_E is None else weight_ED @ x_D + bias_E)
+    return torch.stack(rows) if rows else x_TD.new_zeros(0, len(weight_ED), dtype=torch.float64)
 
 
 def sparse_ffn_reference(

@@ -17,13 +17,20 @@ from torch_prunepath.ops import router_scores
 
 
 class Router(nn.Linear):
-    """``nn.Linear(D, E)`` that computes and answers in float32, whatever its weights are stored in."""
+    """``nn.Linear(D, E)`` that computes and answers in float32, whatever its weights are stored in.
+
+    Attributes:
+        normalise: read each token divided by its root mean square.
+    """
+
+    normalise: bool = False
 
     @classmethod
-    def of(cls, weight_ED: Tensor, bias_E: Tensor | None) -> Router:
+    def of(cls, weight_ED: Tensor, bias_E: Tensor | None, *, normalise: bool = False) -> Router:
         """A router with these weights, in their dtype and on their device."""
         experts, hidden = weight_ED.shape
         router = cls(hidden, experts, bias=bias_E is not None, device="meta")
+        router.normalise = normalise
         router.weight = nn.Parameter(weight_ED.contiguous())
         if bias_E is not None:
             router.bias = nn.Parameter(bias_E)
@@ -31,8 +38,12 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., E]``."""
-        scores_TE = router_scores(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        scores_TE = router_scores(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.normalise)
         return scores_TE.view(*x.shape[:-1], scores_TE.shape[-1])
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return super().extra_repr() + (", normalise=True" if self.normalise else "")
 
 
 def expert_sums(values_NF: Tensor, expert_size: int) -> Tensor:
@@ -59,8 +70,8 @@ def centroid_init(view: FFNView, order_F: Tensor, expert_size: int) -> Tensor:
     return sums_ED / sizes_E.unsqueeze(-1)
 
 
-def contribution_shares(h_NF: Tensor, down_FD: Tensor, expert_size: int) -> Tensor:
-    """Each expert's share of the contribution norm, ``[N, E]`` float32, rows sum to 1.
+def contribution_shares(h_NF: Tensor, down_FD: Tensor, expert_size: int, shared: int = 0) -> Tensor:
+    """Each expert's share of the contribution norm, ``[N, E - shared]`` float32, rows sum to 1.
 
     The contribution of expert e is the vector ``h_e @ down_e``; its norm is taken through the expert's Gram matrix, so
     that no ``[N, E, D]`` tensor exists.
@@ -69,7 +80,9 @@ def contribution_shares(h_NF: Tensor, down_FD: Tensor, expert_size: int) -> Tens
         h_NF: hidden activations, neurons in expert order.
         down_FD: down rows, neurons in expert order.
         expert_size: S.
+        shared: the first so many experts are left out.
     """
+    h_NF, down_FD = h_NF[:, shared * expert_size :], down_FD[shared * expert_size :]
     experts = num_experts(h_NF.shape[1], expert_size)
     padding = experts * expert_size - h_NF.shape[1]
     down_ESD = nnf.pad(down_FD.float(), (0, 0, 0, padding)).view(experts, expert_size, -1)

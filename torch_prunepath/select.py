@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_prunepath.config import Rule, check_choice, check_tau
 
 
-def select_experts(scores_TE: Tensor, tau: float | Tensor, rule: Rule = "reach") -> Tensor:
+def select_experts(scores_TE: Tensor, tau: float | Tensor, rule: Rule = "reach", shared: int = 0) -> Tensor:
     """Choose the active experts of every token (PrunePath, arXiv 2605.28283).
 
     Experts are ranked by ``p = softmax(scores)`` in float32, ties by lower index, and ``mass_before(e)`` is the sum of
@@ -24,12 +24,14 @@ def select_experts(scores_TE: Tensor, tau: float | Tensor, rule: Rule = "reach")
         scores_TE: router scores ``[T, E]`` (or any leading dimensions), bf16, fp16, fp32 or fp64; compared in float32.
         tau: mass to reach, in (0, 1]; a float or a 0-d tensor.
         rule: ``"reach"`` or ``"below"``.
+        shared: the first so many experts are active whatever their scores; all of the above is about the others.
 
     Returns:
         bool ``[T, E]``.
 
     Raises:
-        ValueError: if a score is NaN or infinite, tau is outside (0, 1], the rule is unknown or there is no expert.
+        ValueError: if a score is NaN or infinite, tau is outside (0, 1], the rule is unknown or there is no expert to
+            choose.
 
     Example:
         >>> import torch
@@ -40,16 +42,20 @@ def select_experts(scores_TE: Tensor, tau: float | Tensor, rule: Rule = "reach")
     tau = check_tau(float(tau))
     if not scores_TE.is_floating_point() or scores_TE.dim() < 1 or scores_TE.shape[-1] == 0:
         raise ValueError(f"scores must be floating point [..., E] with E >= 1, not {scores_TE.dtype} {scores_TE.shape}")
-    if not bool(torch.isfinite(scores_TE).all()):
+    if not 0 <= shared < scores_TE.shape[-1]:
+        raise ValueError(f"shared={shared} must be at least 0, and fewer than the {scores_TE.shape[-1]} experts")
+    if not bool(torch.isfinite(scores_TE[..., shared:]).all()):
         raise ValueError("scores hold NaN or infinity: check the router's weights and its input")
-    return mask_from_scores(scores_TE, torch.tensor(tau, device=scores_TE.device), rule)
+    return mask_from_scores(scores_TE, torch.tensor(tau, device=scores_TE.device), rule, shared)
 
 
-def mask_from_scores(scores_TE: Tensor, tau: Tensor, rule: Rule) -> Tensor:
+def mask_from_scores(scores_TE: Tensor, tau: Tensor, rule: Rule, shared: int = 0) -> Tensor:
     """:func:`select_experts` without checks and without a device synchronisation; ``tau`` is a 0-d float32 tensor.
 
     A token whose scores are NaN gets every expert, so that the NaN shows in the output as it would in the dense model.
     """
+    if shared:
+        return with_shared(mask_from_scores(scores_TE[..., shared:], tau, rule), shared)
     p_TE = torch.softmax(scores_TE.to(torch.float32), dim=-1)
     ranked_TE, order_TE = torch.sort(p_TE, dim=-1, descending=True, stable=True)
     through_TE = torch.cumsum(ranked_TE, dim=-1)
@@ -60,3 +66,9 @@ def mask_from_scores(scores_TE: Tensor, tau: Tensor, rule: Rule) -> Tensor:
     # Negated, so that NaN counts as active.
     inactive_TE = (mass_TE >= tau) & (tau < 1.0)
     return torch.zeros_like(inactive_TE).scatter(-1, order_TE, ~inactive_TE)
+
+
+def with_shared(mask_TE: Tensor, shared: int) -> Tensor:
+    """The mask of all experts from that of those which are chosen: ``[..., E - shared] -> [..., E]``."""
+    always = mask_TE.new_ones(*mask_TE.shape[:-1], shared)
+    return torch.cat([always, mask_TE], dim=-1)

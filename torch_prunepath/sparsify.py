@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,11 +25,13 @@ from torch_prunepath.config import SparsifyConfig, check_tau, num_experts
 from torch_prunepath.data import Inputs, as_inputs, can_sample, sample_text
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.ffn import FFNView
-from torch_prunepath.layer import ExpertsSpec, RoutedExperts, is_sparse, make_dense, make_routed
+from torch_prunepath.layer import ExpertsSpec, RoutedExperts, is_sparse
 from torch_prunepath.manifest import attach, attached, describe
-from torch_prunepath.partition import partition
+from torch_prunepath.partition import largest_contributions, partition
+from torch_prunepath.rms import normalised
 from torch_prunepath.router import Router, centroid_init, contribution_shares, fit_router
 from torch_prunepath.sparsity import layer_tau, register_routing_hook, sparse_layers
+from torch_prunepath.swap import make_dense, make_routed
 from torch_prunepath.wrapped import refuse_wrapped, refuse_wrapper, spec_here
 
 logger = logging.getLogger(__name__)
@@ -98,6 +101,7 @@ def sparsify(
     refuse_wrapper(model)
     _refuse(model)
     views = [FFNView(model, spec) for spec in find_ffns(model)]
+    _refuse_all_shared(views, config)
     inputs = None
     if config.needs_data:
         config, inputs = _calibration(model, config, calibration, tokenizer, progress)
@@ -125,6 +129,16 @@ def _refuse(model: nn.Module) -> None:
         raise ValueError("the model is quantised: make it sparse before quantising, or load it unquantised")
 
 
+def _refuse_all_shared(views: Sequence[FFNView], config: SparsifyConfig) -> None:
+    for view in views:
+        experts = num_experts(view.spec.ffn_size, config.expert_size)
+        if config.shared_experts >= experts:
+            raise ValueError(
+                f"shared_experts={config.shared_experts} leaves no expert to choose: {view.site} has {experts} of "
+                f"{config.expert_size} neurons; share fewer, or make experts smaller"
+            )
+
+
 def _calibration(
     model: nn.Module, config: SparsifyConfig, calibration: Any, tokenizer: Any, progress: bool
 ) -> tuple[SparsifyConfig, Inputs | None]:
@@ -132,6 +146,11 @@ def _calibration(
     if calibration is None and can_sample(model):
         ids = sample_text(model, config.calibration_tokens, config.seed, progress)
         return config, as_inputs(ids, model)
+    if calibration is None and config.shared_experts:
+        raise ValueError(
+            f"shared experts hold the neurons that contribute most on calibration data, and {type(model).__name__} "
+            "cannot write its own: pass calibration="
+        )
     if calibration is None:
         logger.warning(
             "no calibration data, and %s cannot write its own: grouping neurons by their weights and starting routers "
@@ -173,22 +192,31 @@ def _plan(
 def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig, fisher_DD: Tensor | None) -> _LayerPlan:
     size = config.expert_size
     h_NF = None if x_ND is None else view.hidden(x_ND)
-    contributions = None
-    if h_NF is not None and config.partition == "coactivation":
-        sample_TF = h_NF[:: -(-h_NF.shape[0] // PARTITION_TOKENS)].float()
-        contributions = sample_TF.abs() * view.down_FD.float().norm(dim=-1)
-    order_F = partition(config.partition, view, contributions, size, config.seed)
-    order_F = order_F.to(view.down_FD.device)
+    order_F = _order(view, h_NF, config).to(view.down_FD.device)
     weight_ED, bias_E = _start_router(view, order_F, x_ND, h_NF, config)
     dtype = view.down_FD.dtype
-    router = Router.of(weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))
+    bias_E = None if bias_E is None else bias_E.to(dtype)
+    router = Router.of(weight_ED.to(dtype), bias_E, normalise=config.router_norm)
     curve = None
     if fisher_DD is not None:
         assert x_ND is not None and h_NF is not None
         some = slice(None, None, -(-x_ND.shape[0] // CURVE_TOKENS))
         h_NF, scores_NE = h_NF[some][:, order_F], router(x_ND[some])
-        curve = cost_curve(h_NF, view.down_FD[order_F], scores_NE, fisher_DD, size, config.rule)
+        rows_FD = view.down_FD[order_F]
+        curve = cost_curve(h_NF, rows_FD, scores_NE, fisher_DD, size, config.rule, config.shared_experts)
     return _LayerPlan(order_F, router, curve)
+
+
+def _order(view: FFNView, h_NF: Tensor | None, config: SparsifyConfig) -> Tensor:
+    """The permutation that forms the experts, shared ones first."""
+    contributions = first_N = None
+    if h_NF is not None and (config.partition == "coactivation" or config.shared_experts):
+        sample_TF = h_NF[:: -(-h_NF.shape[0] // PARTITION_TOKENS)].float()
+        contributions = sample_TF.abs() * view.down_FD.float().norm(dim=-1)
+    if config.shared_experts:
+        assert contributions is not None
+        first_N = largest_contributions(contributions, config.shared_experts * config.expert_size)
+    return partition(config.partition, view, contributions, config.expert_size, config.seed, first_N=first_N)
 
 
 def _start_router(
@@ -200,7 +228,16 @@ def _start_router(
     if config.router == "zero":
         return view.up_FD.new_zeros(num_experts(view.spec.ffn_size, size), view.spec.hidden_size), None
     assert x_ND is not None and h_NF is not None
-    return fit_router(x_ND, contribution_shares(h_NF[:, order_F], view.down_FD[order_F], size))
+    return _fit(x_ND, h_NF[:, order_F], view.down_FD[order_F], size, config.router_norm, config.shared_experts)
+
+
+def _fit(
+    x_ND: Tensor, h_NF: Tensor, down_FD: Tensor, expert_size: int, normalise: bool, shared: int
+) -> tuple[Tensor, Tensor]:
+    """A router fitted to what each expert contributes; shared ones take no part, and their scores are 0."""
+    shares_NE = contribution_shares(h_NF, down_FD, expert_size, shared)
+    weight_ED, bias_E = fit_router(normalised(x_ND) if normalise else x_ND, shares_NE)
+    return nnf.pad(weight_ED, (0, 0, shared, 0)), nnf.pad(bias_E, (shared, 0))
 
 
 def _apply(
@@ -211,7 +248,7 @@ def _apply(
     budgets: dict[str, float],
 ) -> None:
     """Convert layer by layer; needs the memory of one more layer. Undoes everything if it cannot finish."""
-    experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset)
+    experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset, config.shared_experts)
     done: list[tuple[FFNView, Tensor]] = []
     originals: list[tuple[Tensor, Tensor]] = []
     try:
@@ -282,8 +319,8 @@ def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress:
 
         def visit(view: FFNView, x_ND: Tensor) -> None:
             layer = layers[view.site]
-            shares_NE = contribution_shares(view.hidden(x_ND), view.down_FD, layer.experts.expert_size)
-            fitted[view.site] = fit_router(x_ND, shares_NE)
+            size, shared = layer.experts.expert_size, layer.experts.shared
+            fitted[view.site] = _fit(x_ND, view.hidden(x_ND), view.down_FD, size, layer.router_norm, shared)
             bar.update()
 
         # Every expert active: hidden states as the dense model has them.

@@ -230,9 +230,10 @@ def _bisect(model: nn.Module, target: float, inputs: list[dict[str, Any]], toler
         most = measure_sparsity(model, inputs)
         bar.update()
         if most < target - tolerance:
+            shared = any(layer.experts.shared for layer in sparse_layers(model).values())
+            one = "one expert a layer beside the shared ones" if shared else "one expert a layer"
             raise ValueError(
-                f"sparsity {target:g} is out of reach: one expert a layer is active at {most:.3f} already; "
-                "use a smaller expert_size"
+                f"sparsity {target:g} is out of reach: {one} is active at {most:.3f} already; use a smaller expert_size"
             )
         for _ in range(16):
             middle = (low + high) / 2

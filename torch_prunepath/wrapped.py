@@ -46,11 +46,17 @@ def refuse_wrapped(name: str, layer: RoutedExperts, view: FFNView) -> None:
     known = layer.projection_types if isinstance(layer, SparseFFN) else (SparseUp, SparseDown)
     for part in ("up", "gate", "down"):
         place, module = getattr(layer.ffn, part), getattr(view, part)
-        if place != getattr(view.spec, part) or not (module is None or isinstance(module, known)):
+        if place != getattr(view.spec, part) or not (module is None or _as_made(module, known)):
             raise ValueError(
                 f"{place} of {view.spec.name or 'the model'} was replaced since, by what would stay in expert order: "
                 "if it is an adapter's, call merge_and_unload() or unload() of that one first"
             )
+
+
+def _as_made(module: nn.Module, known: tuple[type, ...]) -> bool:
+    """Whether a projection is of a class that conversion left, its weight plain: a subclass may be a quantised one."""
+    same = isinstance(module, SparseUp | SparseDown) or any(type(module) is kind for kind in known)
+    return same and type(module.weight) is nn.Parameter
 
 
 def refuse_wrapper(model: object) -> None:

@@ -208,6 +208,14 @@ def _(model: Model, folder: Path) -> None:
     )
 
 
+@on_sparse("torchao's own quantize_ on a sparse model")
+def _(model: Model, folder: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    whole = copy.deepcopy(model)
+    quantization.quantize_(whole, quantization.Int8WeightOnlyConfig())
+    whole(input_ids=token_ids())
+
+
 @on_dense("densify under LoRA on the experts")
 def _(model: Model, folder: Path) -> None:
     densify(get_peft_model(convert(tiny_llama()), LoraConfig(target_modules=["up_proj"])))
@@ -266,7 +274,7 @@ def test_message_is_the_documented_one(mistake: str, tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = tiny_llama() if mistake in DENSE else convert(tiny_llama(), tau=0.5)
     before = state(model)
-    with pytest.raises((ValueError, TypeError, KeyError)) as caught:
+    with pytest.raises((ValueError, TypeError, KeyError, NotImplementedError)) as caught:
         MISTAKES[mistake](model, tmp_path)
     pattern = ".*".join(re.escape(part) for part in rows()[mistake].split("…"))
     assert re.fullmatch(pattern, " ".join(str(caught.value).split())), caught.value

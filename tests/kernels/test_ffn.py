@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_prunepath import ops
 from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.reference import router_scores_reference, select_reference
 
 ffn = pytest.importorskip("torch_prunepath.csrc_triton.ffn")
 
@@ -51,10 +52,12 @@ class Problem:
         self.gate = [random(F, D, scale=D**-0.5), random(F) if bias else None] if gated else [None, None]
         self.down = [random(F, D, scale=F**-0.5), random(D) if bias else None]
 
-    def args(self, tau: float, rule: str = "reach", offset: float | None = None) -> list:
+    def args(
+        self, tau: float, rule: str = "reach", offset: float | None = None, normalise: bool = False, shared: int = 0
+    ) -> list:
         tau_tensor = torch.tensor(tau, device=self.x.device)
         weights = [*self.up, *self.gate, *self.down]
-        return [self.x, *self.router, tau_tensor, rule, offset, *weights, self.activation, self.S]
+        return [self.x, *self.router, tau_tensor, rule, offset, *weights, self.activation, self.S, normalise, shared]
 
     def mask(self, tau: float, rule: str = "reach") -> Tensor:
         return ops.select_experts._init_fn(self.scores(), torch.tensor(tau, device=self.x.device), rule)
@@ -66,10 +69,15 @@ class Problem:
 def reference(args: list) -> Tensor:
     """The operators' default implementations in float64, on the same rounded inputs."""
     wide = [a.double() if isinstance(a, Tensor) and a.dim() else a for a in args]
-    x, router, router_bias, tau, rule, offset, up, up_b, gate, gate_b, down, down_b, activation, size = wide
-    scores = torch.nn.functional.linear(x, router, router_bias).float()
-    mask = ops.select_experts._init_fn(scores, tau, rule)
+    x, router, router_bias, tau, rule, offset, up, up_b, gate, gate_b, down, down_b, activation, size, *router_how = (
+        wide
+    )
+    normalise, shared = router_how
+    scores = router_scores_reference(x, router, router_bias, normalise).float()
+    mask = torch.tensor([select_reference(row, float(tau), rule, shared) for row in scores.tolist()], device=x.device)
     gates = None if offset is None else torch.sigmoid(scores.double() + offset)
+    if gates is not None:
+        gates[:, :shared] = 1.0
     h = ops.expert_up._init_fn(x, mask, up, up_b, gate, gate_b, activation, size)
     return ops.expert_down._init_fn(h, mask, gates, down, down_b, size)
 
@@ -92,13 +100,57 @@ def test_ffn(device: str, layer: tuple, tokens: int, dtype: torch.dtype) -> None
         assert torch.equal(found, ffn.sparse_ffn(*args)), "not reproducible"
 
 
+WIDE = pytest.param((643, 70, 8, True, True, "silu"), id="every-split")
+"""The router's columns are split among several programs, the last of which has the fewest."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 19])
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[2], WIDE])
+def test_normalised_router(
+    device: str, layer: tuple, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(tokens, layer, dtype, device)
+    # Sizes that change what is selected; of the first token the epsilon is a part.
+    problem.x *= torch.logspace(-3, 1, tokens, device=device).unsqueeze(1).to(dtype)
+    for tau, rule, offset, most in ((0.6, "reach", None, ffn.RANK_PAIRS), (0.8, "below", 0.3, 0)):
+        monkeypatch.setattr(ffn, "RANK_PAIRS", most)  # with 0, several tokens search
+        args = problem.args(tau, rule, offset, normalise=True)
+        assert_near(ffn.sparse_ffn(*args), reference(args))
+
+
+@pytest.mark.parametrize("normalise", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("tokens", [1, 5, 19])
+@pytest.mark.parametrize(("layer", "shared"), [(1, 1), (1, 11), (2, 2)])
+def test_shared_experts(
+    device: str, layer: int, shared: int, tokens: int, normalise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(tokens, LAYERS[layer].values[0], torch.float32, device)
+    for tau, rule, offset, most in ((0.3, "reach", 0.3, ffn.RANK_PAIRS), (0.3, "below", None, 0)):
+        monkeypatch.setattr(ffn, "RANK_PAIRS", most)  # with 0, several tokens search
+        for level in (tau, 1.0):
+            args = problem.args(level, rule, offset, normalise, shared)
+            assert_near(ffn.sparse_ffn(*args), reference(args))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_nan_in_a_normalised_token_shows_in_that_token(device: str, tokens: int) -> None:
+    problem = Problem(tokens, (50, 101, 12, True, True, "silu"), torch.float32, device)
+    expected = reference(problem.args(0.4, normalise=True))
+    problem.x[tokens - 1, 7] = float("nan")
+    found = ffn.sparse_ffn(*problem.args(0.4, normalise=True))
+    assert found[-1].isnan().all()
+    if tokens > 1:
+        assert_near(found[:-1], expected[:-1])
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("layer", LAYERS[:3])
 def test_every_expert_at_tau_1(device: str, layer: tuple, tokens: int) -> None:
     problem = Problem(tokens, layer, torch.float32, device)
     args = problem.args(1.0)
     wide = [a.double() if isinstance(a, Tensor) and a.dim() else a for a in args]
-    x, _, _, _, _, _, up, up_b, gate, gate_b, down, down_b, activation, _ = wide
+    x, _, _, _, _, _, up, up_b, gate, gate_b, down, down_b, activation, *_ = wide
     act, linear = ACTIVATIONS[activation], torch.nn.functional.linear
     h = act(linear(x, up, up_b)) if gate is None else act(linear(x, gate, gate_b)) * linear(x, up, up_b)
     assert_near(ffn.sparse_ffn(*args), linear(h, down.t(), down_b))
@@ -184,3 +236,6 @@ def test_router_scores(device: str, tokens: int, dtype: torch.dtype) -> None:
     problem = Problem(tokens, LAYERS[0].values[0], dtype, device)
     found = ffn.router_scores(problem.x, *problem.router)
     torch.testing.assert_close(found, problem.scores(), rtol=1e-5, atol=1e-5)
+    found = ffn.router_scores(3 * problem.x, *problem.router, True)
+    expected = router_scores_reference(3 * problem.x, *problem.router, True)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)

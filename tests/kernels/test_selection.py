@@ -33,14 +33,15 @@ def assert_selected(found_TE: Tensor, scores_TE: Tensor, tau: float, rule: str) 
         assert any(found)
 
 
-def by_rank(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
+def by_rank(scores_TE: Tensor, tau: Tensor, rule: str, shared: int = 0) -> Tensor:
     """The kernel for few tokens; what it leaves for the next kernels is checked on the way."""
     T, E = scores_TE.shape
     work = kernels.workspace(E, 3, scores_TE.device)
     for tensor in work[1:]:
         tensor.zero_()
-    mask_TE, weights_TE = kernels.rank(scores_TE.unsqueeze(0), tau, rule, 0.25, work)
+    mask_TE, weights_TE = kernels.rank(scores_TE.unsqueeze(0), tau, rule, 0.25, work, None, shared)
     expected = torch.where(mask_TE, torch.sigmoid(scores_TE + 0.25), 0.0)
+    expected[:, :shared] = 1.0
     torch.testing.assert_close(weights_TE, expected)
     if T == 1:
         assert int(work.length) == int(mask_TE.sum())
@@ -51,10 +52,11 @@ def by_rank(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
     return mask_TE
 
 
-def by_search(scores_TE: Tensor, tau: Tensor, rule: str) -> Tensor:
+def by_search(scores_TE: Tensor, tau: Tensor, rule: str, shared: int = 0) -> Tensor:
     used_E = torch.zeros(scores_TE.shape[1], dtype=torch.int32, device=scores_TE.device)
-    mask_TE, weights_TE = kernels.select_weights(scores_TE.unsqueeze(0), tau, rule, None, used_E)
+    mask_TE, weights_TE = kernels.select_weights(scores_TE.unsqueeze(0), tau, rule, None, used_E, None, shared)
     assert torch.equal(weights_TE, mask_TE.float())
+    assert torch.equal(kernels.select_experts(scores_TE, tau, rule, shared), mask_TE)
     assert used_E.tolist() == mask_TE.any(0).int().tolist()
     return mask_TE
 
@@ -81,6 +83,19 @@ def test_selection(select, scores: list[list[float]], tau: float, rule: str) -> 
     assert_selected(mask_TE, scores_TE, tau, rule)
     if tau == 1.0:
         assert mask_TE.all()
+
+
+@pytest.mark.parametrize("select", [by_rank, by_search])
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("experts", "shared"), [(2, 1), (17, 5), (33, 32), (129, 3)])
+def test_shared_experts(device: str, select, experts: int, shared: int, tokens: int) -> None:  # type: ignore[no-untyped-def]
+    """Active, whatever their scores are; the others are selected as if they were alone."""
+    scores_TE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(experts)).to(device) * 3
+    scores_TE[:, 0], scores_TE[:, shared - 1] = -90.0, 90.0
+    for tau, rule in ((0.7, "reach"), (0.7, "below"), (1.0, "reach"), (1e-3, "below")):
+        mask_TE = select(scores_TE, torch.tensor(tau, device=device), rule, shared)
+        assert mask_TE[:, :shared].all()
+        assert_selected(mask_TE[:, shared:], scores_TE[:, shared:], tau, rule)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 70])

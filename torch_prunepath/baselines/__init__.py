@@ -2,7 +2,7 @@
 
 Routed methods (``moefication``, ``lte``, ``d2dmoe``) become sparse layers whose tau, records and training are ours;
 ``prune`` and ``train_dense`` are the static ones; ``cats`` and ``teal`` need no training and zero single activations.
-They are there for comparison: what they add to a model is in no checkpoint.
+They are there for comparison: what they add to a model is in no checkpoint, but for LTE's routers and rule.
 """
 
 from __future__ import annotations

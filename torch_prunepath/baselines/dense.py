@@ -31,7 +31,7 @@ def train_dense(
         model: a dense model whose FFNs :func:`torch_prunepath.find_ffns` finds.
         batches: as for ``train``.
         config: as for ``train``; losses on routers or experts are refused.
-        **options: ``teacher``, ``progress`` and ``callback`` of ``train``.
+        **options: ``teacher``, ``compile``, ``progress`` and ``callback`` of ``train``.
 
     Raises:
         ValueError: as ``train`` and ``sparsify``.

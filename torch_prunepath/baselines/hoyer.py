@@ -56,7 +56,7 @@ def enforce_sparsity(
             ``"preactivations"``: what it receives, as far as it lies above ``displacement``, for functions that are
             smooth, as in the released code. None chooses by the activation function.
         displacement: see ``on``.
-        **options: as for ``train_dense``.
+        **options: as for ``train_dense``; the penalty is added by hooks, which are not compiled.
 
     Returns:
         The records of ``train``, with the penalty as ``hoyer``.

@@ -1,8 +1,8 @@
 """What the routed baselines share: a dense model becomes experts with another router and another selection rule.
 
 A baseline is our own sparse layers with these two replaced, so that training, sparsity targets and records are the same
-code for every method. It is there to be compared with: its routers and rules are in no checkpoint. A model that is
-saved while a baseline is on it loads as the dense model.
+code for every method. It is there to be compared with. A checkpoint holds it if its rule is one of
+:data:`torch_prunepath.rules.HELD` (LTE); a model that is saved with another on it loads as the dense model.
 
 Shapes: N calibration tokens, D hidden size, E experts.
 """
@@ -16,14 +16,14 @@ from typing import Any, Self
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torch_prunepath.baselines.rules import Selection, SelectionRule
 from torch_prunepath.calibrate import visit_inputs
 from torch_prunepath.config import Gate, SparsifyConfig, check_tau
 from torch_prunepath.data import Inputs, as_inputs, can_sample, sample_text
 from torch_prunepath.ffn import FFNView
-from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.manifest import attach
+from torch_prunepath.layer import RoutedExperts, SelectionRule
+from torch_prunepath.manifest import attach, attached, describe
 from torch_prunepath.router import Router
+from torch_prunepath.rules import HELD
 from torch_prunepath.sparsify import densify, sparse_views, sparsify
 from torch_prunepath.sparsity import set_sparsity, set_tau, sparse_layers
 
@@ -78,6 +78,9 @@ class RoutedBaseline:
         """Weigh active experts' outputs by the sigmoid of their scores, or by one."""
         for layer in self.layers.values():
             layer.experts = dataclasses.replace(layer.experts, gate=gate)
+        manifest = attached(self.model)
+        if manifest is not None:
+            attach(self.model, describe(self.model, manifest.config))
 
     def remove(self) -> None:
         """Make the model dense again; its weights stay as they were trained."""
@@ -140,11 +143,12 @@ def convert(
         routers = _build_all(model, build, inputs, progress)
         for name, layer in sparse_layers(model).items():
             layer.router = routers[name].to(layer.router.weight.dtype).requires_grad_(False)
-            layer.register_routing_hook(Selection(layer, rule))
+            layer.selection = rule
     except BaseException:
         densify(model)
         raise
-    attach(model, None)  # what it says holds for our own routers and rules
+    # What else it says holds for our own routers and rules.
+    attach(model, describe(model, config) if rule in HELD.values() else None)
     set_tau(model, tau)
 
 

@@ -35,9 +35,7 @@ from torch_prunepath.compile.graph import (
 )
 from torch_prunepath.compile.inline import inline
 from torch_prunepath.fused import sparse_ffn
-
-KERNEL_TOKENS = 16
-"""The kernels of sparse layers gain nothing on more tokens; there Inductor is given plain operators to fuse."""
+from torch_prunepath.limits import UNION_TOKENS
 
 Pass = Callable[[fx.Graph, bool], int]
 """``(graph, training) -> places changed``; ``training``: whether gradients will be taken through the graph."""
@@ -88,7 +86,7 @@ def _fuse_relu(graph: fx.Graph, down: fx.Node) -> bool:
 def inline_dense(graph: fx.Graph, training: bool) -> int:
     """Where all neurons are computed anyway, show Inductor the masking, activation and gating, so that it fuses them.
 
-    That is in backward graphs, and in forward graphs of more than ``KERNEL_TOKENS`` tokens. If their number is not
+    That is in backward graphs, and in forward graphs of more than ``UNION_TOKENS`` tokens. If their number is not
     known when the graph is compiled, then in graphs for training.
     """
     changes = 0
@@ -104,8 +102,8 @@ def inline_dense(graph: fx.Graph, training: bool) -> int:
 def _many_tokens(node: fx.Node, training: bool) -> bool:
     T = node.meta["val"].shape[0]
     if isinstance(T, int):
-        return T > KERNEL_TOKENS
-    return training or statically_known_true(T > KERNEL_TOKENS)
+        return T > UNION_TOKENS
+    return training or statically_known_true(T > UNION_TOKENS)
 
 
 # --- fuse_ffn ---------------------------------------------------------------------------------------------------------
@@ -142,17 +140,27 @@ def _ffn_arguments(down: fx.Node, interior: set[fx.Node]) -> tuple[Any, ...] | N
         return None
     offset = None
     if d["gates_TE"] is not None:
-        offset = _gate_offset(d["gates_TE"], router, interior)
+        offset = _gate_offset(d["gates_TE"], router, s["shared"], interior)
         if offset is None:
             return None
     routing = (r["weight_ED"], r["bias_E"], s["tau"], s["rule"], offset)
     rows = (u["up_FD"], u["up_bias_F"], u["gate_FD"], u["gate_bias_F"], d["down_FD"], d["down_bias_D"])
-    return (u["x_TD"], *routing, *rows, u["activation"], u["expert_size"])
+    return (u["x_TD"], *routing, *rows, u["activation"], u["expert_size"], r["normalise"], s["shared"])
 
 
-def _gate_offset(gates: fx.Node, router: fx.Node, interior: set[fx.Node]) -> float | None:
-    """The c where ``gates`` is ``sigmoid(scores + c)`` of these scores, otherwise None."""
-    sigmoid = skip_reshapes(gates, interior)
+def _gate_offset(gates: fx.Node, router: fx.Node, shared: int, interior: set[fx.Node]) -> float | None:
+    """The c where ``gates`` is ``sigmoid(scores + c)`` of these scores, otherwise None.
+
+    With ``shared`` experts, where it is the ``ops.sigmoid_gates`` of as many.
+    """
+    routed: object = gates
+    if shared:
+        padded = behind_reshapes(gates, interior)
+        if padded is None or not calls(padded, aten.constant_pad_nd.default) or padded.args[1:] != ([shared, 0], 1.0):
+            return None
+        interior.add(padded)
+        routed = padded.args[0]
+    sigmoid = skip_reshapes(routed, interior)
     if not isinstance(sigmoid, fx.Node) or not calls(sigmoid, aten.sigmoid.default):
         return None
     interior.add(sigmoid)
@@ -162,8 +170,31 @@ def _gate_offset(gates: fx.Node, router: fx.Node, interior: set[fx.Node]) -> flo
         interior.add(scores)
         offset = scores.args[1]
         scores = skip_reshapes(scores.args[0], interior)
+    if shared:
+        if not isinstance(scores, fx.Node) or not _leaves_out(scores, shared) or not same_shape(scores, sigmoid):
+            return None
+        interior.add(scores)
+        scores = behind_reshapes(scores.args[0], interior)
+        scores = _uncut(scores, interior)
     found = scores is router and type(offset) in (int, float) and same_shape(router, gates)
     return float(offset) if found else None
+
+
+def _uncut(node: fx.Node | None, interior: set[fx.Node]) -> fx.Node | None:
+    """What ``node`` is a slice of that leaves nothing out: of the tokens, all of them."""
+    while calls(node, aten.slice.Tensor) and same_shape(node, node.args[0]):  # type: ignore[union-attr, arg-type]
+        assert node is not None
+        interior.add(node)
+        node = behind_reshapes(node.args[0], interior)
+    return node
+
+
+def _leaves_out(node: fx.Node, shared: int) -> bool:
+    """Whether this is ``scores[:, shared:]``."""
+    if not calls(node, aten.slice.Tensor) or node.args[1:3] != (1, shared):
+        return False
+    (_, left), (_, E) = node.meta["val"].shape, node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    return statically_known_true(left == E - shared)
 
 
 def _behind(value: object, op: Operator, interior: set[fx.Node]) -> fx.Node | None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch_prunepath.settings import add_settings, given_settings
 from torch_prunepath.sweep.options import TAUS, Options
 
 SUMMARY = "Evaluate lm-eval tasks over a list of tau or of sparsities, and draw the curve."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_arguments(command: argparse.ArgumentParser, settings: Mapping[str, Any]) -> None:
-    """Say what the command takes. ``settings`` are the fields of ``SparsifyConfig`` and their types."""
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
     command.add_argument("model", metavar="MODEL", help="name or folder of a causal language model, or a GGUF file")
     command.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="lm-eval's tasks, groups or tags")
     points = command.add_mutually_exclusive_group()
@@ -30,17 +30,7 @@ def add_arguments(command: argparse.ArgumentParser, settings: Mapping[str, Any])
     command.add_argument("--device", help="where to run (default: cuda if there is any, else cpu)")
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto)")
     command.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for results.json and the plot")
-    group = command.add_argument_group(
-        "settings", "fields of torch_prunepath.SparsifyConfig, which documents them, for a dense model"
-    )
-    for name, kind in settings.items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            default=argparse.SUPPRESS,
-            metavar=kind.__name__,
-            dest=f"set_{name}",
-        )
+    add_settings(command, ", for a dense model")
 
 
 def job(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -53,7 +43,7 @@ def job(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         taus=arguments.tau,
         sparsities=arguments.sparsity,
         text=arguments.text,
-        settings={name[4:]: value for name, value in vars(arguments).items() if name.startswith("set_")},
+        settings=given_settings(arguments),
         include_path=arguments.include_path,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,

@@ -127,8 +127,6 @@ class Options:
             raise UserError(f"--recipe lte has experts and routers of its own: leave --{fixed.replace('_', '-')} out")
         if self.routers_only:
             raise UserError("--recipe lte trains all weights, in its second stage without routers: no --routers-only")
-        if self.compile:
-            raise UserError("--recipe lte selects experts by a hook, which is not compiled: leave --compile out")
 
     def experts(self) -> SparsifyConfig:
         """How a dense model is made sparse.

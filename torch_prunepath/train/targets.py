@@ -19,14 +19,14 @@ from torch_prunepath.train.tape import RoutedCall
 
 
 @torch.no_grad()
-def expert_shares(view: FFNView, x_ND: Tensor, expert_size: int) -> Tensor:
-    """Each expert's share of the contribution norm on these inputs, float32 ``[N, E]``; rows sum to 1 (or are 0).
+def expert_shares(view: FFNView, x_ND: Tensor, expert_size: int, shared: int = 0) -> Tensor:
+    """Each routed expert's share of their contribution norm, float32 ``[N, E - shared]``; rows sum to 1 (or are 0).
 
     Under autocast the hidden activations are computed in its dtype, the norms in float32.
     """
     h_NF = view.hidden(x_ND)
     with torch.autocast(x_ND.device.type, enabled=False):
-        return contribution_shares(h_NF, view.down_FD, expert_size)
+        return contribution_shares(h_NF, view.down_FD, expert_size, shared)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def fit_sample(call: RoutedCall, some_N: Tensor | None, detach: bool) -> tuple[T
         detach: let the scores' gradient reach the router only, not what computed its input.
 
     Returns:
-        ``[N, E]`` with graph, ``[N, E]`` without, ``[N]`` or None.
+        ``[N, E]`` with graph, ``[N, E]`` without, both of the routed experts alone, and ``[N]`` or None.
     """
     assert call.x_TD is not None, "the call has no input"
     x_ND, scores_NE, weight_N = call.x_TD, call.scores_TE, call.weight_T
@@ -96,5 +96,6 @@ def fit_sample(call: RoutedCall, some_N: Tensor | None, detach: bool) -> tuple[T
         weight_N = None if weight_N is None else weight_N[some_N]
     if detach:
         scores_NE = call.layer.router(x_ND.detach())
-    shares_NE = expert_shares(call.view, x_ND.detach(), call.layer.experts.expert_size)
-    return scores_NE, shares_NE, weight_N
+    experts = call.layer.experts
+    shares_NE = expert_shares(call.view, x_ND.detach(), experts.expert_size, experts.shared)
+    return call.layer.routed(scores_NE), shares_NE, weight_N

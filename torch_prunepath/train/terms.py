@@ -76,7 +76,7 @@ class Targets:
 
     def _terms(self, call: RoutedCall, fit: tuple[Tensor, Tensor, Tensor | None] | None) -> dict[str, Tensor]:
         config, terms = self.config, {}
-        scores = call.scores_TE, call.weight_T
+        scores = call.layer.routed(call.scores_TE), call.weight_T
         if config.entropy:
             terms["entropy"] = losses.entropy(*scores)
         if config.load_balance:

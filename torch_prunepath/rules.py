@@ -2,22 +2,21 @@
 
 Every rule maps router outputs ``[T, E]`` and a 0-d tau in (0, 1] to a bool mask ``[T, E]``: tau = 1 activates every
 expert, a larger tau never drops one, and one value of tau is what the method's authors publish. So ``set_tau``,
-``set_sparsity``, the sparsity controller and the phases of a training run serve all of them. None waits for the device.
+``set_sparsity``, the sparsity controller and the phases of a training run serve all of them. None waits for the device,
+and torch.compile traces them with the layers that select by them.
 
 Shapes: T tokens, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from torch_prunepath.layer import RoutedExperts, Routing
-
-SelectionRule = Callable[[Tensor, Tensor], Tensor]
-"""``(scores_TE, tau) -> mask_TE``."""
+from torch_prunepath.layer import RoutedExperts, SelectionRule
 
 
 def top_share(scores_TE: Tensor, tau: Tensor) -> Tensor:
@@ -34,7 +33,7 @@ def above_threshold(scores_TE: Tensor, tau: Tensor) -> Tensor:
 
     Compared as scores, where neither end of the sigmoid runs out of float32.
     """
-    threshold = torch.log1p(-tau) - torch.log(tau)
+    threshold = ((1 - tau) / tau).log()  # of one logarithm, so that tau = 0.5 gives exactly 0 in compiled code too
     # Negated, so that NaN counts as active and shows in the output; tau = 1 gives minus infinity.
     return ~((scores_TE <= threshold) & (tau < 1.0))
 
@@ -65,12 +64,10 @@ def cumulative_share(norms_TE: Tensor, tau: Tensor) -> Tensor:
     return torch.zeros_like(inactive_TE).scatter(-1, order_TE, ~inactive_TE)
 
 
-class Selection:
-    """A routing hook that puts a rule in the place of a layer's own selection; survives copying with its layer."""
+HELD: Mapping[str, SelectionRule] = MappingProxyType({"threshold": above_threshold})
+"""The rules that checkpoints hold, by name: those of methods whose routers are like ours."""
 
-    def __init__(self, layer: RoutedExperts, rule: SelectionRule) -> None:
-        self.layer, self.rule = layer, rule
 
-    def __call__(self, routing: Routing) -> Tensor:
-        """The mask at the layer's tau."""
-        return self.rule(routing.scores_TE.detach(), self.layer.tau)
+def held_rule(layer: RoutedExperts) -> str | None:
+    """Name of the rule of :data:`HELD` that a layer selects by; None if it selects by its own."""
+    return next((name for name, rule in HELD.items() if rule is layer.selection), None)
