@@ -611,7 +611,7 @@ def test_a_sparse_model_that_is_not_dense_at_tau_1_yields_no_times(
     run, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = torch_prunepath.layer.routed_ffn
-    monkeypatch.setattr(torch_prunepath.layer, "routed_ffn", lambda *arguments: 1.01 * right(*arguments))
+    monkeypatch.setattr(torch_prunepath.layer, "routed_ffn", lambda *args, **named: 1.01 * right(*args, **named))
     refused(run("decode", "--geometry", tiny, "--sparsity", 0.5, *EAGER), 1, "at sparsity 0", "no time is reported")
 
 
