@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
+from tiny_llama import byte_tokenizer, save_tiny_llama, save_tiny_texts, tiny_llama
 
 from benchmarks.adaptation import job, report
 from benchmarks.adaptation.__main__ import main
@@ -35,12 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and texts."""
     folder = tmp_path_factory.mktemp("place")
     save_tiny_llama(folder / "tiny")
-    words = ("cat", "dog", "cow")
-    lines = [
-        f"The {word} number {i} sat on the {words[i % 3]} mat, and said so.\n" for i in range(150) for word in words
-    ]
-    (folder / "train.txt").write_text("".join(lines[:400]))
-    (folder / "test.txt").write_text("".join(lines[400:]))
+    save_tiny_texts(folder)
     return folder
 
 

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch_prunepath import ops
 from torch_prunepath.compile.passes import PASSES, run_passes
 from torch_prunepath.limits import UNION_TOKENS
+from torch_prunepath.select import sigmoid_gates
 
 D, F, S = 16, 37, 8
 E = 5  # the last expert has 5 neurons
@@ -121,7 +122,7 @@ def normalised_router(w: Weights, x: Tensor) -> Tensor:
 def shared_experts(w: Weights, x: Tensor) -> Tensor:
     scores = ops.router_scores(x, w.router, w.router_b)
     mask = ops.select_experts(scores, w.tau, "reach", 2)
-    return down(w, up(w, x, mask), mask, ops.sigmoid_gates(scores, 0.5, 2))
+    return down(w, up(w, x, mask), mask, sigmoid_gates(scores, 0.5, 2))
 
 
 def sigmoid_gate_offset(w: Weights, x: Tensor) -> Tensor:
@@ -248,12 +249,12 @@ def shared_without_their_gates(w: Weights, x: Tensor) -> Tensor:
 def gates_of_fewer_shared(w: Weights, x: Tensor) -> Tensor:
     scores = ops.router_scores(x, w.router, w.router_b)
     mask = ops.select_experts(scores, w.tau, "reach", 2)
-    return down(w, up(w, x, mask), mask, ops.sigmoid_gates(scores, 0.5, 1))
+    return down(w, up(w, x, mask), mask, sigmoid_gates(scores, 0.5, 1))
 
 
 def gates_of_none_shared(w: Weights, x: Tensor) -> Tensor:
     scores, mask = route(w, x)
-    return down(w, up(w, x, mask), mask, ops.sigmoid_gates(scores, 0.5, 1))
+    return down(w, up(w, x, mask), mask, sigmoid_gates(scores, 0.5, 1))
 
 
 def shared_gates_of_the_first(w: Weights, x: Tensor) -> Tensor:

@@ -60,6 +60,16 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
     assert not Path("out").exists()
 
 
+def same_results(whole: str, again: str) -> None:
+    """Of an uninterrupted run in ``whole`` and one that went on in ``out``: what they printed and wrote."""
+    one, two = json.loads(whole), json.loads(again)
+    assert one["rows"] == two["rows"] and one["last"] == two["last"]
+    ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in ("whole", "out"))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    histories = [json.loads(Path(folder, "training.json").read_text())["history"] for folder in ("whole", "out")]
+    assert histories[0] == histories[1]
+
+
 def card_of(folder: Path) -> dict[str, Any]:
     """The rows of the model card's tables: the first cell -> the second, or a list of the others."""
     lines = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| ")]
@@ -209,12 +219,7 @@ def test_an_unfinished_run_of_lte_goes_on_to_the_same_result(
     assert [path.name for path in Path("out.training").iterdir()] == [f"step-{at // 3 * 3}"]
     code, again, _ = run(tiny, "-o", "out", *flags, "--resume")
     assert code == 0
-    one, two = json.loads(whole), json.loads(again)
-    assert one["rows"] == two["rows"] and one["last"] == two["last"]
-    ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in ("whole", "out"))
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    histories = [json.loads(Path(folder, "training.json").read_text())["history"] for folder in ("whole", "out")]
-    assert histories[0] == histories[1]
+    same_results(whole, again)
 
 
 def test_a_later_stage_goes_on_in_the_order_of_the_first() -> None:
@@ -277,12 +282,7 @@ def test_an_unfinished_run_goes_on_to_the_same_result(
     refused(run(tiny, "-o", "out", *flags, "--resume", "--bf16"), "of another run, with autocast=False")
     code, again, _ = run(tiny, "-o", "out", *flags, "--resume")
     assert code == 0
-    one, two = json.loads(whole), json.loads(again)
-    assert one["rows"] == two["rows"] and one["last"] == two["last"]
-    ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in ("whole", "out"))
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    histories = [json.loads(Path(folder, "training.json").read_text())["history"] for folder in ("whole", "out")]
-    assert histories[0] == histories[1]
+    same_results(whole, again)
     assert sorted(path.name for path in Path().iterdir()) == ["out", "whole"]
 
 

@@ -41,3 +41,13 @@ def save_tiny_llama(folder: Path) -> Path:
     tiny_llama().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_tiny_texts(folder: Path) -> None:
+    """``train.txt`` and ``test.txt``: sentences that a tiny model can learn."""
+    words = ("cat", "dog", "cow")
+    lines = [
+        f"The {word} number {i} sat on the {words[i % 3]} mat, and said so.\n" for i in range(150) for word in words
+    ]
+    (folder / "train.txt").write_text("".join(lines[:400]))
+    (folder / "test.txt").write_text("".join(lines[400:]))

@@ -14,6 +14,7 @@ from torch_prunepath.config import Rule
 from torch_prunepath.cpu_packs import Packs
 from torch_prunepath.cpu_packs import linear as packed_linear
 from torch_prunepath.cpu_select import active_experts, mask_of_tokens
+from torch_prunepath.select import sigmoid_gates
 
 
 def expert_up(
@@ -137,7 +138,7 @@ def routed_ffn(
         mask_TE = torch.ones(len(x_TD), len(router_ED), dtype=torch.bool)
         return sparse_ffn(x_TD, mask_TE, None, *weights, activation, expert_size, packs)
     scores_TE = dense.scores(x_TD, router_ED, router_E, normalise, packs)
-    gates_TE = None if gate_offset is None else dense.gates(scores_TE, gate_offset, shared)
+    gates_TE = None if gate_offset is None else sigmoid_gates(scores_TE, gate_offset, shared)
     if len(x_TD) != 1:
         mask_TE = mask_of_tokens(scores_TE, level, rule, shared)
         return sparse_ffn(x_TD, mask_TE, gates_TE, *weights, activation, expert_size, packs)

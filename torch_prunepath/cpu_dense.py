@@ -134,14 +134,6 @@ def _inverse_rms_of_one(x_1D: Tensor) -> float:
     return 1 / math.sqrt(float(torch.linalg.vector_norm(x_1D)) ** 2 / x_1D.shape[1] + EPSILON)
 
 
-def gates(scores_TE: Tensor, offset: float, shared: int) -> Tensor:
-    """``sigmoid(scores + offset)``, and 1 for the first ``shared`` experts: ``[T, E]``."""
-    gates_TE = torch.sigmoid(scores_TE + offset)
-    if shared:
-        gates_TE[:, :shared] = 1.0
-    return gates_TE
-
-
 def _product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     # MKL is the faster one at few tokens and small weights.
     few = len(x_TD) * weight_ED.numel() < 1 << 18

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_prunepath import cpu
-from torch_prunepath.ops import expert_down, expert_up, register_cuda, router_scores, select_experts, sigmoid_gates
+from torch_prunepath.ops import expert_down, expert_up, register_cuda, router_scores, select_experts
+from torch_prunepath.select import sigmoid_gates
 
 
 @torch.library.custom_op("prunepath::sparse_ffn", mutates_args=())

@@ -24,8 +24,9 @@ from torch_prunepath.cpu import routed_ffn
 from torch_prunepath.cpu_packs import Packs
 from torch_prunepath.ffn import FFNView, bias_of, site_name, weight_out_in
 from torch_prunepath.fused import sparse_ffn
-from torch_prunepath.ops import expand_experts, expert_down, expert_up, select_experts, sigmoid_gates, zero_inactive
+from torch_prunepath.ops import expand_experts, expert_down, expert_up, select_experts, zero_inactive
 from torch_prunepath.router import Router
+from torch_prunepath.select import sigmoid_gates
 
 
 @dataclass(frozen=True)

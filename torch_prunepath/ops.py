@@ -146,13 +146,6 @@ def _(scores_TE: Tensor, tau: Tensor, rule: str, shared: int = 0) -> Tensor:
     return torch.empty_like(scores_TE, dtype=torch.bool)
 
 
-def sigmoid_gates(scores_TE: Tensor, offset: float, shared: int = 0) -> Tensor:
-    """The experts' gates, ``sigmoid(scores + offset)``, and 1 for the first ``shared``: ``[T, E]``."""
-    if not shared:
-        return torch.sigmoid(scores_TE + offset)
-    return nnf.pad(torch.sigmoid(scores_TE[:, shared:] + offset), (shared, 0), value=1.0)
-
-
 # --- expert_up --------------------------------------------------------------------------------------------------------
 
 

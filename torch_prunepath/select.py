@@ -6,6 +6,7 @@ Shapes: T tokens, E experts.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath.config import Rule, check_choice, check_tau
@@ -72,3 +73,10 @@ def with_shared(mask_TE: Tensor, shared: int) -> Tensor:
     """The mask of all experts from that of those which are chosen: ``[..., E - shared] -> [..., E]``."""
     always = mask_TE.new_ones(*mask_TE.shape[:-1], shared)
     return torch.cat([always, mask_TE], dim=-1)
+
+
+def sigmoid_gates(scores_TE: Tensor, offset: float, shared: int = 0) -> Tensor:
+    """The experts' gates, ``sigmoid(scores + offset)``, and 1 for the first ``shared``: ``[T, E]``."""
+    if not shared:
+        return torch.sigmoid(scores_TE + offset)
+    return nnf.pad(torch.sigmoid(scores_TE[:, shared:] + offset), (shared, 0), value=1.0)

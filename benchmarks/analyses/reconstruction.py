@@ -25,8 +25,9 @@ from benchmarks.common.report import markdown
 from torch_prunepath import register_routing_hook, set_tau, sparse_layers
 from torch_prunepath.errors import UserError
 from torch_prunepath.layer import RoutedExperts, Routing
-from torch_prunepath.ops import expand_experts, sigmoid_gates
+from torch_prunepath.ops import expand_experts
 from torch_prunepath.router import contribution_shares
+from torch_prunepath.select import sigmoid_gates
 from torch_prunepath.sparsify import sparse_views
 
 NAME = "reconstruction"

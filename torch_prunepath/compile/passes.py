@@ -151,7 +151,7 @@ def _ffn_arguments(down: fx.Node, interior: set[fx.Node]) -> tuple[Any, ...] | N
 def _gate_offset(gates: fx.Node, router: fx.Node, shared: int, interior: set[fx.Node]) -> float | None:
     """The c where ``gates`` is ``sigmoid(scores + c)`` of these scores, otherwise None.
 
-    With ``shared`` experts, where it is the ``ops.sigmoid_gates`` of as many.
+    With ``shared`` experts, where it is the ``select.sigmoid_gates`` of as many.
     """
     routed: object = gates
     if shared:

@@ -37,9 +37,8 @@ def ours(steps: int, low: float = 0.5, high: float = 0.9, distil: float = 0.0) -
 
     The first fifth of the steps goes from every expert to the middle of the range. Routers follow what their experts
     contribute (``contribution_fit``), as the weights change; with ``distil`` (needs a teacher) the dense model's logits
-    are a target besides the task: what the text does not teach is forgotten less. Lower sparsities than ``low`` need no
-    training of their own. Goes with the default ``SparsifyConfig()``; measured in
-    ``benchmarks/results/adaptation-h100.md``.
+    are a target besides the task: what the text does not teach is forgotten less. Goes with the default
+    ``SparsifyConfig()``; measured in ``benchmarks/results/adaptation-h100.md``.
     """
     return TrainConfig(
         steps=steps,
@@ -54,7 +53,7 @@ def ours(steps: int, low: float = 0.5, high: float = 0.9, distil: float = 0.0) -
 def held(steps: int, sparsity: float, distil: float = 0.0) -> TrainConfig:
     """As :func:`ours`, for one sparsity: a ramp over the first fifth of the steps, then held.
 
-    From 80% on, twice the learning rate is better on the training text, and forgets more of other text.
+    At 80%, twice the learning rate was better on text like the training text, and forgot more of other text.
     """
     return TrainConfig(
         steps=steps,
