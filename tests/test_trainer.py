@@ -85,7 +85,7 @@ def arguments(folder: Path, config: TrainConfig, **changes: Any) -> TrainingArgu
 
 
 def trainer(folder: Path, config: TrainConfig, model: nn.Module, **changes: Any) -> InOrder:
-    own = {key: changes.pop(key) for key in ("teacher", "eval_dataset", "train_dataset") if key in changes}
+    own = {key: changes.pop(key) for key in ("teacher", "eval_dataset", "train_dataset", "compile") if key in changes}
     return InOrder(model, arguments(folder, config, **changes), config=config, **{"train_dataset": rows(), **own})
 
 
@@ -98,6 +98,26 @@ def collated(data: list[dict[str, torch.Tensor]], size: int = 2) -> list[dict[st
 
 def train_logs(trainer: Trainer) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def losses_of(run: InOrder) -> list[float]:
+    run.train()
+    return [entry["loss"] for entry in train_logs(run)]
+
+
+def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
+    eager, compiled = sparse(), sparse()
+    expected = losses_of(trainer(tmp_path / "eager", PLAIN, eager))
+    assert losses_of(trainer(tmp_path / "compiled", PLAIN, compiled, compile="aot_eager")) == pytest.approx(expected)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, msg=name)
+
+
+@pytest.mark.gpu
+def test_gradients_add_up_outside_of_cuda_graphs(tmp_path: Path) -> None:
+    runs = [("eager", False), ("graphs", "reduce-overhead")]
+    found = [losses_of(trainer(tmp_path / n, PLAIN, sparse(), use_cpu=False, compile=how)) for n, how in runs]
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -17,6 +17,8 @@ from torch_prunepath.train.shard import is_sharded
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """Of ``torch.compile``; other names are backends."""
+RECORDING_MODES = ("reduce-overhead", "max-autotune")
+"""Those that replay CUDA graphs, whose outputs the next replay writes over."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -80,6 +82,20 @@ def _options(how: str | bool) -> dict[str, Any]:
         return {}
     assert isinstance(how, str)
     return {"mode" if how in MODES else "backend": how}
+
+
+@torch.no_grad()
+def keep_gradients(model: nn.Module, how: str | bool) -> None:
+    """Copy the gradients out of CUDA graphs' memory; to be called between the batches that a step adds up.
+
+    Args:
+        model: whose blocks were compiled.
+        how: as given to :func:`compiled_blocks`; nothing is done unless CUDA graphs are recorded.
+    """
+    if how in RECORDING_MODES:
+        for parameter in model.parameters():
+            if parameter.grad is not None and parameter.is_cuda:
+                parameter.grad = parameter.grad.clone()
 
 
 def check_compilable(model: nn.Module, config: TrainConfig, *, checkpointing: bool | None = False) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from torch_prunepath.data import evaluation_mode
 from torch_prunepath.sparsity import set_tau
 from torch_prunepath.train.batches import endless, take
-from torch_prunepath.train.compiling import check_compilable, compiled_blocks
+from torch_prunepath.train.compiling import check_compilable, compiled_blocks, keep_gradients
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.objective import Objective, others_frozen
 from torch_prunepath.train.optimizer import lr_factor
@@ -154,6 +154,8 @@ class _Run:
         """Add up the gradients of some batches as for one large batch; returns their means, on the device."""
         batches = self.objective.begin(group)
         for number, batch in enumerate(batches, 1):
+            if number > 1:
+                keep_gradients(self.objective.inner, self.compile)
             with self._apart() if number < len(batches) else contextlib.nullcontext():
                 self.objective.loss(batch).backward()
         return self.objective.stats

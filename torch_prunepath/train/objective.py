@@ -151,6 +151,11 @@ class Objective:
         return progress.finished(keep=1)
 
     @property
+    def begun(self) -> bool:
+        """Whether :meth:`loss` has seen some batch of the step."""
+        return self._number > 0
+
+    @property
     def complete(self) -> bool:
         """Whether :meth:`loss` has seen every batch of the step."""
         return self._number == len(self._shares)

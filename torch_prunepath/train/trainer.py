@@ -14,7 +14,7 @@ from torch_prunepath.data import evaluation_mode
 from torch_prunepath.sparsity import record_sparsity, set_tau, sparse_layers
 from torch_prunepath.train.arguments import as_said, refuse, trainer_arguments
 from torch_prunepath.train.batches import is_causal, with_labels
-from torch_prunepath.train.compiling import check_compilable, compiled_blocks
+from torch_prunepath.train.compiling import check_compilable, compiled_blocks, keep_gradients
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.objective import Objective, mean_over_processes, others_frozen
 from torch_prunepath.train.optimizer import build_optimizer
@@ -141,8 +141,10 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch."""
-        loss: Tensor = super().training_step(*args, **kwargs)
         assert self._objective is not None
+        if self._objective.begun:
+            keep_gradients(self._sparse, self._compile)
+        loss: Tensor = super().training_step(*args, **kwargs)
         if self._objective.complete:
             self._unlogged += self._objective.end()
         return loss
