@@ -18,7 +18,7 @@ from benchmarks.adaptation.material import spread, tokenise
 from benchmarks.adaptation.measure import TOLERANCE, TauKnob, Unreachable, run
 from benchmarks.adaptation.methods import METHODS
 from benchmarks.common.store import Store
-from torch_prunepath import SparsifyConfig, sparsify
+from torch_prunepath import SparsifyConfig, densify, sparsify
 from torch_prunepath.evaluate import perplexity
 from torch_prunepath.models import load_model
 from torch_prunepath.sparsity import record_sparsity
@@ -92,7 +92,7 @@ def test_rows_hold_what_was_asked(everything: Path, method: str) -> None:
     assert sorted((row["text"], row["asked"]) for row in rows) == [(t, s) for t in ("test", "valid") for s in shares]
     # Fixed numbers of experts are coarse here; thresholds and the D2DMoE routers come from other text.
     near = 0.02 if method.startswith(("moefication", "static", "dense")) else 0.04
-    if method in ("ours", "held", "lte", "prunepath", "d2dmoe-cumulative"):
+    if method in ("ours", "held", "routers", "lora", "lte", "lte-held", "prunepath", "d2dmoe-cumulative"):
         near = 0.01
     assert all(abs(row["sparsity"] - row["asked"]) <= near for row in rows)
     assert all(math.isfinite(row["perplexity"]) and row["perplexity"] > 1 for row in rows)
@@ -232,6 +232,43 @@ def test_d2dmoe_can_leave_steps_for_training_the_experts(command: Runner, tmp_pa
     assert all(0.4 <= record["target"] <= 0.6 for record in result["history"][4:])
 
 
+def test_a_step_may_be_cut_into_batches_that_share_the_targets_out(command: Runner, tmp_path: Path) -> None:
+    command("--methods", "ours", "--set", "expert_size=4", "--set", "accumulation=2", "-o", tmp_path / "two")
+    command("--methods", "ours", "--set", "expert_size=4", "-o", tmp_path / "one")
+    (two,), (one,) = results_of(tmp_path / "two"), results_of(tmp_path / "one")
+    assert two["stages"][0]["accumulation"] == 2
+    assert two["training"]["tokens"] == one["training"]["tokens"] and len(two["history"]) == STEPS
+    # The mean of a low and a high target of 0.5 to 0.9.
+    assert all(0.6 <= record["target"] <= 0.8 for record in two["history"][1:])
+    assert not all(0.6 <= record["target"] <= 0.8 for record in one["history"][1:])
+
+
+def test_lte_holds_a_sparsity_in_its_second_stage(everything: Path) -> None:
+    found = [r for r in results_of(everything) if r["run"]["method"] == "lte-held"]
+    for result in found:
+        targets = [record.get("target") for record in result["history"]]
+        assert targets == [None] * (STEPS // 2) + [result["run"]["sparsity"]] * (STEPS // 2)
+
+
+@pytest.mark.parametrize("method", ["routers", "lora"])
+def test_adapters_leave_weights_alone_unless_lora_changes_them(
+    command: Runner, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    models = []
+    monkeypatch.setattr(job.Job, "measure", lambda self, adapted: models.append(adapted.model) or [])
+    command("--methods", method, "--set", "expert_size=4", "-o", tmp_path)
+    command("--methods", method, "--set", "expert_size=4", "--tokens", BATCH_TOKENS, "-o", tmp_path / "short")
+    routers = [[p for name, p in model.named_parameters() if "router" in name] for model in models]
+    assert routers[0] and not all(torch.equal(a, b) for a, b in zip(*routers, strict=True))
+    weights = densify(models[0]).state_dict()
+    before = load_model(str(place / "tiny"))[0].float().state_dict()
+    changed = {name for name in before if not torch.equal(weights[name], before[name])}
+    projections = {name for name in before if name.endswith("proj.weight")}
+    assert changed == (projections if method == "lora" else set())
+    (result,) = results_of(tmp_path)
+    assert ("task" in result["history"][0]) == (method == "lora")
+
+
 @pytest.mark.parametrize(
     ("given", "remedy"),
     [
@@ -249,6 +286,7 @@ def test_d2dmoe_can_leave_steps_for_training_the_experts(command: Runner, tmp_pa
         (["--set", "expert_size=4"], "no method has expert_size"),
         (["--set", "ours:expert_size=4"], "not among --methods"),
         (["--set", "steps=4"], "no method has steps"),
+        (["--set", "accumulation=3"], "no multiple"),
         (["--set", "weight_decay=-1"], "must not be negative"),
         (["--set", "phases=[('sparsity', 2, 2)]"], "outside [0, 1)"),
         (["--set", "phases=3"], "not iterable"),

@@ -89,6 +89,29 @@ def test_one_run_for_a_range_of_sparsities() -> None:
             assert float(model(input_ids=ids, labels=ids).loss) < 0.5 * dense_loss
 
 
+def test_each_batch_of_a_step_is_held_at_its_own_target() -> None:
+    model = model_of()
+    config = TrainConfig(steps=60, phases=(draw(0.3, 0.9),), accumulation=3, **FAST)
+    objective, optimizer = Objective(model, config, steps=60), build_optimizer(model, config)
+    model.train()
+    feed, seen, records = endless(batches(), 0), [], []
+    for _ in range(60):
+        taus = []
+        for number, batch in enumerate(objective.begin(take(feed, 3))):
+            objective.loss(batch).backward()
+            taus.append(objective.tau)
+            realised = float(objective.tape.sparsity())
+            assert 0.3 + 0.2 * number - 0.1 < realised < 0.5 + 0.2 * number + 0.1 or len(seen) < 60
+            seen.append(realised)
+        assert taus == sorted(taus, reverse=True) and len(set(taus)) == 3
+        optimizer.step()
+        optimizer.zero_grad()
+        records += objective.end()
+    for number, record in enumerate(records[20:], 20):
+        assert record["sparsity"] == pytest.approx(sum(seen[3 * number : 3 * number + 3]) / 3, abs=1e-5)
+        assert record["sparsity"] == pytest.approx(record["target"], abs=0.05)
+
+
 def test_stages_leave_tau_alone() -> None:
     model = model_of(rule="below", gate="sigmoid")
     config = TrainConfig(epochs=3, phases=(all_experts(), fixed_tau(0.25, 2.0)), entropy=3e-4, load_balance=1e-3)
@@ -428,7 +451,7 @@ def _one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = model_of()
-    config = TrainConfig(steps=12, phases=(draw(0.3, 0.9),), **FAST)
+    config = TrainConfig(steps=12, phases=(ramp(0.3, 0.9),), **FAST)
     history = train(DistributedDataParallel(model), batches(2, seed=rank), config, progress=False)
     told = model.config.quantization_config["layers"][0]["tau"]
     grads = {across: _uneven_gradients(rank, across) for across in (False, True)}
@@ -484,7 +507,7 @@ def test_two_processes_stay_together(two: list[dict[str, Any]]) -> None:
     assert first["tau"] == pytest.approx(first["history"][-1]["tau"])
     # One process that accumulates both processes' batches does the same, but for rounding.
     both = [batch for pair in zip(batches(2, seed=0), batches(2, seed=1), strict=True) for batch in pair]
-    config = TrainConfig(steps=12, phases=(draw(0.3, 0.9),), accumulation=2, **FAST)
+    config = TrainConfig(steps=12, phases=(ramp(0.3, 0.9),), accumulation=2, **FAST)
     alone = train(model_of(), both, config, progress=False)
     for one, two in zip(alone, first["history"], strict=True):
         assert two == pytest.approx(one, rel=1e-2)

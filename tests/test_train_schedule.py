@@ -44,6 +44,15 @@ def test_draws_are_a_function_of_seed_and_step_and_fill_the_range() -> None:
     assert aim_at(phases, 0, 1000, 0).sparsity == pytest.approx(0.8033673402969184, abs=1e-12)
 
 
+def test_the_batches_of_a_step_share_the_range_out_among_them() -> None:
+    phases = (draw(0.3, 0.9),)
+    found = [[aim_at(phases, step, 500, 7, i, 3).sparsity for i in range(3)] for step in range(500)]
+    for i, values in enumerate(zip(*found, strict=True)):
+        low, high = 0.3 + 0.2 * i, 0.5 + 0.2 * i
+        assert low <= min(values) < low + 0.01 and high - 0.01 < max(values) <= high
+    assert all(aim_at((hold(0.4),), 0, 5, 7, i, 3).sparsity == 0.4 for i in range(3))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,9 +15,11 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from torch_prunepath.sparsity import measure_sparsity
+from torch_prunepath.train import ramp
 
-# Every token is fitted: which are sampled depends on the batch's number in the step.
-CONFIG = dataclasses.replace(PLAIN, steps=6, accumulation=1, fit_tokens=24, distill_logits=0.5)
+# Every token is fitted, and no target drawn: both depend on the batch's number in the step.
+PHASES = (ramp(0.2, 0.5), ramp(0.5, 0.8))
+CONFIG = dataclasses.replace(PLAIN, steps=6, phases=PHASES, accumulation=1, fit_tokens=24, distill_logits=0.5)
 
 
 def run(folder: Path, config: Any, **changes: Any) -> Any:

@@ -127,8 +127,8 @@ class Job:
         """
         settings = self.material.settings
         teacher = {"teacher": self.material.teacher} if config.distill_logits else {}
-        batches = self.material.batches(self.run.seed)
-        feed = Later(batches, self.steps_done * settings.budget.accumulation)
+        batches = self.material.batches(self.run.seed, config.accumulation)
+        feed = Later(batches, self.steps_done * config.accumulation)
         before = self.steps_done
         self.configs.append(config.to_dict())
         start = last = time.perf_counter()

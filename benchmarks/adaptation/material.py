@@ -64,9 +64,13 @@ class Material:
         """The dense model, frozen."""
         return self.dense().requires_grad_(False)
 
-    def batches(self, seed: int) -> Batches:
-        """The training windows in the order that the seed decides."""
-        return Batches(self.train_NC, self.settings.budget.rows, seed)
+    def batches(self, seed: int, accumulation: int) -> Batches:
+        """The training windows in the order that the seed decides, in batches of which a step takes this many.
+
+        Raises:
+            UserError: if steps would differ in size.
+        """
+        return Batches(self.train_NC, self.settings.budget.rows_of(accumulation), seed)
 
     def converted(self, method: str, how: Mapping[str, Any], convert: Callable[[Any], Any]) -> tuple[Any, bool]:
         """A copy of the dense model as ``convert`` changes it in place, on the device; and whether it was kept."""

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
 from benchmarks.adaptation.job import Adapted, Job, Run
 from benchmarks.adaptation.measure import Constant, ShareKnob, TauKnob, ThresholdKnob
 from torch_prunepath import SparsifyConfig, sparsify
@@ -31,12 +34,14 @@ from torch_prunepath.baselines import (
 )
 from torch_prunepath.baselines.sigmoid import PUBLISHED_TAU
 from torch_prunepath.errors import UserError, as_user_error
-from torch_prunepath.train import Phase, TrainConfig, draw, fixed_tau, recipes, train
+from torch_prunepath.integrations.peft import PrunePathConfig
+from torch_prunepath.train import Phase, TrainConfig, draw, fixed_tau, hold, recipes, train
 
 TRAIN_FIELDS = frozenset(field.name for field in dataclasses.fields(TrainConfig)) - {
-    *("steps", "epochs", "lr", "seed", "accumulation", "autocast")
+    *("steps", "epochs", "lr", "seed", "autocast")
 }
 SPARSIFY_FIELDS = frozenset(field.name for field in dataclasses.fields(SparsifyConfig)) - {"seed", "calibration_tokens"}
+RANGE = frozenset({"low", "high"})
 TARGET = "target"
 """Inside ``phases``: the sparsity that a run is trained for."""
 
@@ -166,6 +171,40 @@ def _released(job: Job) -> Adapted:
     return Adapted(model, _tau_knob(job, model), {"as trained": tau})
 
 
+def _adapters(job: Job, rank: int) -> Adapted:
+    """Routers as an adapter, and LoRA on every projection if ``rank`` is not 0; the model's own weights stay."""
+    dense = job.material.dense()
+    projections = _linear_names(dense)
+    tokens = job.material.settings.calibration_tokens
+    data = {"calibration": _calibration(job), "calibration_tokens": tokens, "seed": job.run.seed}
+    with as_user_error(ValueError, TypeError):
+        settings = PrunePathConfig(
+            task_type="CAUSAL_LM", tau=1.0, router_loss=0.0, **data, **job.run.pick(SPARSIFY_FIELDS)
+        )
+    model = get_peft_model(dense, settings)
+    config = _stage(job, recipes.ours(job.steps, **job.run.pick(RANGE)))
+    if rank:
+        lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=projections)
+        beside = get_peft_model(model.get_base_model(), lora)
+        job.train(model, config)
+        beside.merge_and_unload()
+    else:
+        job.train(model, dataclasses.replace(config, task=0.0))  # its gradient would reach nothing that is trained
+    sparse = model.merge_and_unload()
+    return Adapted(sparse, _tau_knob(job, sparse))
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Last parts of the names of linear modules, without the head."""
+    head = model.get_output_embeddings()
+    linear = (name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def _lora(job: Job) -> Adapted:
+    return _adapters(job, job.run.settings.get("rank", 16))
+
+
 # --- other routed methods ---------------------------------------------------------------------------------------------
 
 MOEFICATION = frozenset({"expert_size", "epochs"})
@@ -187,9 +226,13 @@ def _moefication(job: Job, router: Any) -> Adapted:
 
 
 def _lte(job: Job) -> Adapted:
+    """With a sparsity to train for, the second stage moves the threshold to hold it; else ``eta`` decides."""
+    held = job.run.sparsity is not None
     how = {"seed": job.run.seed, **job.run.pick(["expert_size"])}
     with as_user_error(ValueError, TypeError):
         stages = recipes.lte_stages(job.steps, router_lr=job.run.lr, **job.run.pick(["eta", "first"]))
+    if held:
+        stages = (stages[0], dataclasses.replace(stages[1], phases=(hold(job.run.sparsity),)))
     first, second = (_stage(job, stage) for stage in stages)
     model = job.converted("lte", how, lambda dense: lte(dense, progress=False, **how))
     handle = LTE(model, None)
@@ -198,7 +241,7 @@ def _lte(job: Job) -> Adapted:
     handle.start_second_stage()
     if not job.cut:
         job.train(model, second)
-    return Adapted(model, _tau_knob(job, model), {"as published": PUBLISHED_TAU})
+    return Adapted(model, _tau_knob(job, model), {} if held else {"as published": PUBLISHED_TAU})
 
 
 def _d2dmoe(job: Job, rule: Any) -> Adapted:
@@ -227,8 +270,10 @@ _SCORES = {score: functools.partial(_static, score=score) for score in ("norm", 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "dense": Method("dense, fine-tuned", _dense),
-        "ours": Method("ours, one checkpoint", _ours, SPARSIFY_FIELDS | {"low", "high"}),
+        "ours": Method("ours, one checkpoint", _ours, SPARSIFY_FIELDS | RANGE),
         "held": Method("ours, held", _held, SPARSIFY_FIELDS, per_sparsity=True),
+        "routers": Method("routers alone", functools.partial(_adapters, rank=0), SPARSIFY_FIELDS | RANGE),
+        "lora": Method("routers and LoRA", _lora, SPARSIFY_FIELDS | RANGE | {"rank"}),
         **{f"static-{score}": Method(f"static, {score}", adapt, per_sparsity=True) for score, adapt in _SCORES.items()},
         "moefication-mlp": Method(
             "MoEfication, MLP", functools.partial(_moefication, router="mlp"), MOEFICATION, per_sparsity=True
@@ -240,6 +285,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             per_sparsity=True,
         ),
         "lte": Method("LTE", _lte, LTE_FIELDS),
+        "lte-held": Method("LTE, threshold held", _lte, LTE_FIELDS, per_sparsity=True),
         "d2dmoe-max": Method("D2DMoE, max", functools.partial(_d2dmoe, rule="max"), D2DMOE),
         "d2dmoe-cumulative": Method("D2DMoE, cumulative", functools.partial(_d2dmoe, rule="cumulative"), D2DMOE),
         "prunepath": Method("PrunePath, as released", _released, SPARSIFY_FIELDS | {"tau"}),

@@ -40,11 +40,7 @@ class Budget:
         check_positive(dataclasses.asdict(self))
         if self.context < 2:
             raise UserError("--context 1 leaves nothing to predict: give at least 2")
-        if self.batch_tokens % (self.context * self.accumulation):
-            raise UserError(
-                f"--batch-tokens {self.batch_tokens} is no multiple of --context times --accumulation, "
-                f"{self.context * self.accumulation}: steps would differ in size"
-            )
+        self.rows_of(self.accumulation)
         if self.tokens < self.batch_tokens:
             raise UserError(f"--tokens {self.tokens} is less than a step of {self.batch_tokens}: give more")
 
@@ -56,7 +52,20 @@ class Budget:
     @property
     def rows(self) -> int:
         """Windows a batch."""
-        return self.batch_tokens // (self.context * self.accumulation)
+        return self.rows_of(self.accumulation)
+
+    def rows_of(self, accumulation: int) -> int:
+        """Windows a batch where a step takes this many.
+
+        Raises:
+            UserError: if they are no whole number.
+        """
+        if self.batch_tokens % (self.context * accumulation):
+            raise UserError(
+                f"--batch-tokens {self.batch_tokens} is no multiple of --context times --accumulation, "
+                f"{self.context * accumulation}: steps would differ in size"
+            )
+        return self.batch_tokens // (self.context * accumulation)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def plan(
         runs += [Run(method, fields, lr, seed, share) for share in shares]
     for run in runs:
         check(run)
+        settings.budget.rows_of(run.settings.get("accumulation", settings.budget.accumulation))
     return runs
 
 

@@ -78,13 +78,15 @@ class Objective:
         self.causal = is_causal(self.inner)
         self.tau: float | None = None
         self.stats: dict[str, Tensor] = {}
-        self._target: float | None = None
+        self._taus: list[float] = []
+        self._targets: list[float | None] = []
+        self._by_batch: list[Tensor] = []
         self._across = across_processes
         self._shares: list[tuple[Tensor, Tensor]] = []
         self._number = 0
 
     def begin(self, group: Sequence[Any]) -> list[Inputs]:
-        """Choose the next step's tau and write it to the layers.
+        """Choose the next step's tau, or that of each of its batches (see :class:`Phase`); :meth:`loss` writes it.
 
         Args:
             group: the batches whose gradients the step adds up.
@@ -95,17 +97,25 @@ class Objective:
         Raises:
             ValueError: if a batch is no mapping or lacks labels.
         """
-        progress, config = self.progress, self.config
-        aim = aim_at(config.phases, progress.step, self.steps, config.seed)
-        self._target = aim.sparsity
-        self.tau = progress.controller.tau_for(aim.sparsity) if aim.tau is None else aim.tau  # type: ignore[arg-type]
-        write_tau(self.tape.layers.values(), self.tau)
+        self._aim(len(group))
+        config = self.config
         labelled = "task" in config.losses
         batches = [with_labels(batch, self.causal) if labelled else as_dict(batch) for batch in group]
         by_token = self._parts([count_tokens(batch) for batch in batches])
         by_label = self._parts([count_labels(batch, self.causal) for batch in batches]) if labelled else by_token
         self._shares, self.stats, self._number = list(zip(by_label, by_token, strict=True)), {}, 0
         return batches
+
+    def _aim(self, number: int) -> None:
+        """The target and the tau of each batch; the same for all where processes must agree on them."""
+        progress, config = self.progress, self.config
+        place = (config.phases, progress.step, self.steps, config.seed)
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        aims = [aim_at(*place, *((batch, number) if alone else ())) for batch in range(number)]
+        self._targets = [aim.sparsity for aim in aims]
+        tau_for = progress.controller.tau_for
+        self._taus = [tau_for(aim.sparsity) if aim.tau is None else aim.tau for aim in aims]  # type: ignore[arg-type]
+        self._by_batch = []
 
     def loss(self, batch: Inputs, model: nn.Module | None = None) -> Tensor:
         """Run the model on a batch of the step; the weighted sum of its loss terms, 0-d float32, for ``backward()``.
@@ -121,12 +131,16 @@ class Objective:
         """
         batch = on_device(batch, self.device)
         by_label, by_token = self._shares[self._number]
+        self.tau = self._taus[self._number]
+        write_tau(self.tape.layers.values(), self.tau)
         terms = self._terms(batch, f"fit {self.config.seed} {self.progress.step} {self._number}", model)
         self._number += 1
         for name, term in terms.items():
             terms[name] = _times(term, by_label if name == "task" else by_token)
         loss = torch.stack([self.config.losses[k] * v.to(self.device) for k, v in terms.items()]).sum()
         sparsity = _times(self.tape.sparsity(), by_token)
+        if len(set(self._taus)) > 1:
+            self._by_batch += [sparsity.detach(), _times(torch.ones_like(sparsity), by_token)]
         for name, value in {"loss": loss, **terms, "sparsity": sparsity}.items():
             self.stats[name] = self.stats.get(name, 0) + value.detach().to(self.device)
         return loss
@@ -144,9 +158,10 @@ class Objective:
             FloatingPointError: if that step's loss is not finite.
         """
         assert self.tau is not None and self.complete, "end() comes after loss() of every batch"
-        values = mean_over_processes(torch.stack([value.float() for value in self.stats.values()]))
+        values = [value.float().to(self.device) for value in (*self.stats.values(), *self._by_batch)]
+        means = mean_over_processes(torch.stack(values))
         progress = self.progress
-        progress.pending.append(Pending(progress.step, self.tau, self._target, lr, list(self.stats), values))
+        progress.pending.append(Pending(progress.step, self._taus, self._targets, lr, list(self.stats), means))
         progress.step += 1
         return progress.finished(keep=1)
 

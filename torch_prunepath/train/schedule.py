@@ -20,7 +20,8 @@ class Phase:
     Attributes:
         kind: ``"sparsity"``: the controller holds realised sparsity at a target, which goes in a straight line from
             ``first`` to ``last``; ``"random"``: at a target drawn anew for each step, uniform between them, so that one
-            checkpoint serves all of them; ``"tau"``: tau itself goes from ``first`` to ``last``, uncontrolled.
+            checkpoint serves all of them (in one process for each batch: those that a step adds up share the range out
+            among them); ``"tau"``: tau itself goes from ``first`` to ``last``, uncontrolled.
         first: sparsity in [0, 1), or tau in (0, 1].
         last: likewise.
         share: how long the phase lasts, relative to the sum over all phases.
@@ -55,7 +56,7 @@ def ramp(first: float, last: float, share: float = 1.0) -> Phase:
 
 
 def draw(low: float, high: float, share: float = 1.0) -> Phase:
-    """Draw a target of realised sparsity for each step."""
+    """Draw a target of realised sparsity for each step; see :class:`Phase`."""
     return Phase("random", low, high, share)
 
 
@@ -77,8 +78,11 @@ class Aim:
     sparsity: float | None = None
 
 
-def aim_at(phases: Sequence[Phase], step: int, steps: int, seed: int) -> Aim:
-    """The aim of step ``step`` (from 0) of ``steps``."""
+def aim_at(phases: Sequence[Phase], step: int, steps: int, seed: int, batch: int = 0, batches: int = 1) -> Aim:
+    """The aim of step ``step`` (from 0) of ``steps``, for batch ``batch`` (from 0) of the ``batches`` that it adds up.
+
+    Targets that are drawn are drawn for each batch, each from its own part of the range, lowest first.
+    """
     total = sum(phase.share for phase in phases)
     begin = 0.0
     for number, phase in enumerate(phases):
@@ -89,7 +93,8 @@ def aim_at(phases: Sequence[Phase], step: int, steps: int, seed: int) -> Aim:
     start, stop = round(begin), round(end)
     along = (step - start) / max(1, stop - 1 - start)
     if phase.kind == "random":
-        along = random.Random(seed_of(f"sparsity {seed} {step}")).random()
+        text = f"sparsity {seed} {step}" if batch == 0 else f"sparsity {seed} {step} {batch}"
+        along = (batch + random.Random(seed_of(text)).random()) / batches
     value = phase.first + min(1.0, along) * (phase.last - phase.first)
     return Aim(tau=value) if phase.kind == "tau" else Aim(sparsity=value)
 

@@ -18,12 +18,28 @@ Record = dict[str, float]
 
 
 class Pending:
-    """A step whose numbers are on their way from the device."""
+    """A step whose numbers are on their way from the device.
+
+    Args:
+        step: its number.
+        taus: of its batches.
+        targets: of its batches, None where tau was given.
+        lr: for the record.
+        names: of the first values.
+        values: means over the step, float32; where taus differ, then for each batch its part of the step's sparsity,
+            and its part of the step.
+    """
 
     def __init__(
-        self, step: int, tau: float, target: float | None, lr: float | None, names: list[str], values: Tensor
+        self,
+        step: int,
+        taus: list[float],
+        targets: list[float | None],
+        lr: float | None,
+        names: list[str],
+        values: Tensor,
     ) -> None:
-        self.step, self.tau, self.target, self.lr, self.names = step, tau, target, lr, names
+        self.step, self.taus, self.targets, self.lr, self.names = step, taus, targets, lr, names
         # Copied behind this step's work, so that reading them does not wait for what is queued after it.
         self._values = values.to("cpu", non_blocking=True)
         self._copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
@@ -34,29 +50,44 @@ class Pending:
         return self._values.tolist()  # type: ignore[no-any-return]
 
     def record(self) -> Record:
-        """The step's record; waits until the device has done the step.
+        """The step's record, tau and target as means over its batches; waits until the device has done the step.
 
         Raises:
             FloatingPointError: if the loss is not finite.
         """
-        values = dict(zip(self.names, self._read(), strict=True))
+        values = dict(zip(self.names, self._read(), strict=False))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss is {values['loss']} at step {self.step}: lower the learning rates or give a longer warmup"
             )
-        aim = {} if self.target is None else {"target": self.target}
+        targets = [target for target in self.targets if target is not None]
+        aim = {"target": _mean(targets)} if targets else {}
         rate = {} if self.lr is None else {"lr": self.lr}
-        return {"step": self.step, **values, **aim, "tau": self.tau, **rate}
+        return {"step": self.step, **values, **aim, "tau": _mean(self.taus), **rate}
+
+    def observations(self) -> list[tuple[float, float]]:
+        """Each tau that the step ran at, and the sparsity that it gave."""
+        values = self._read()
+        apart = values[len(self.names) :]
+        if not apart:
+            return [(self.taus[0], values[self.names.index("sparsity")])]
+        parts = zip(self.taus, apart[::2], apart[1::2], strict=True)
+        return [(tau, sparsity / share) for tau, sparsity, share in parts if share > 0.0]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, from which :meth:`of` makes it again."""
-        named = {"step": self.step, "tau": self.tau, "target": self.target, "lr": self.lr}
+        named = {"step": self.step, "taus": list(self.taus), "targets": list(self.targets), "lr": self.lr}
         return {**named, "names": list(self.names), "values": self._read()}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Pending:
         """The inverse of :meth:`state_dict`."""
         return cls(**{**state, "values": torch.tensor(state["values"], dtype=torch.float32)})
+
+
+def _mean(values: list[float]) -> float:
+    # A single value stays what it is, to the last bit.
+    return values[0] if len(set(values)) == 1 else sum(values) / len(values)
 
 
 class Progress:
@@ -76,9 +107,10 @@ class Progress:
         """Records of all but the latest ``keep`` steps; the controller learns from them."""
         records = []
         while len(self.pending) > keep:
-            record = self.pending.pop(0).record()
-            self.controller.observe(record["tau"], record["sparsity"])
-            records.append(record)
+            pending = self.pending.pop(0)
+            records.append(pending.record())
+            for tau, sparsity in pending.observations():
+                self.controller.observe(tau, sparsity)
         return records
 
     def state_dict(self) -> dict[str, Any]:
