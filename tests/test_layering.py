@@ -50,6 +50,7 @@ ORDER = [
     "compile.decoding",
     "compile.passes",
     "compile.backend",
+    "projections",
     "layer",
     "swap",
     "rules",

@@ -18,13 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
 from torch_prunepath.cpu import routed_ffn
 from torch_prunepath.cpu_packs import Packs
 from torch_prunepath.ffn import FFNView, bias_of, site_name, weight_out_in
 from torch_prunepath.fused import sparse_ffn
-from torch_prunepath.ops import expand_experts, expert_down, expert_up, select_experts, zero_inactive
+from torch_prunepath.ops import select_experts
+from torch_prunepath.projections import (
+    down,
+    down_by_modules,
+    down_of,
+    is_idle,
+    is_plain,
+    is_watched,
+    runs_here_and_now,
+    up,
+    up_by_modules,
+    up_of,
+)
 from torch_prunepath.router import Router
 from torch_prunepath.select import sigmoid_gates
 
@@ -190,11 +201,11 @@ class SparseFFN(RoutedExperts):
         mask_TE, gates_TE = self.route(x_TD, shape[:-1])
         # In training, what the operators would compute again for the gradient is kept, as in a dense model.
         apart = not (self.training and torch.is_grad_enabled())
-        up, down = (_up, _down) if apart else (_up_by_modules, _down_by_modules)
-        h_TF = up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
+        run_up, run_down = (up, down) if apart else (up_by_modules, down_by_modules)
+        h_TF = run_up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
         if self.ffn.hidden_dropout is not None:
             h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
-        y_TD = down(view, h_TF, mask_TE, gates_TE, self.experts.expert_size)
+        y_TD = run_down(view, h_TF, mask_TE, gates_TE, self.experts.expert_size)
         if self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
@@ -213,9 +224,9 @@ class SparseFFN(RoutedExperts):
             and self.selection is None
             and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
-            and not _watched(self.router)
-            and _plain(view, view.up, view.gate, view.down)
-            and all(_idle(self, name) for name in (self.ffn.hidden_dropout, self.ffn.output_dropout))
+            and not is_watched(self.router)
+            and is_plain(view, view.up, view.gate, view.down)
+            and all(is_idle(self, name) for name in (self.ffn.hidden_dropout, self.ffn.output_dropout))
             and x_TD.dtype == weight_out_in(view.up).dtype == weight_out_in(view.down).dtype
             and not torch.is_autocast_enabled(x_TD.device.type)
         )
@@ -223,7 +234,7 @@ class SparseFFN(RoutedExperts):
     def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:
         experts, router = self.experts, self.router
         # The operator's dispatch costs as much as a small layer's projection.
-        compute = functools.partial(routed_ffn, packs=self.packs) if _runs_here_and_now(x_TD) else sparse_ffn
+        compute = functools.partial(routed_ffn, packs=self.packs) if runs_here_and_now(x_TD) else sparse_ffn
         return compute(
             x_TD,
             router.weight,
@@ -269,7 +280,7 @@ class SparseUp(RoutedExperts):
             biases = (None, None) if bias is None else bias.chunk(2)
             halves = list(zip(rows.chunk(2), biases, strict=True))
         size = self.experts.expert_size
-        h = torch.cat([_expert_up(x_TD, mask_TE, w, b, None, None, "none", size) for w, b in halves], dim=-1)
+        h = torch.cat([up_of(x_TD, mask_TE, w, b, None, None, "none", size) for w, b in halves], dim=-1)
         return h.reshape(*shape[:-1], h.shape[-1])
 
 
@@ -284,108 +295,8 @@ class SparseDown(Swapped):
         assert self.handoff.routing is not None, "fc2 was called before its fc1"
         mask_TE, gates_TE = self.handoff.routing
         self.handoff.routing = None
-        y_TD = _expert_down(self, h.reshape(-1, h.shape[-1]), mask_TE, gates_TE, self.expert_size)
+        y_TD = down_of(self, h.reshape(-1, h.shape[-1]), mask_TE, gates_TE, self.expert_size)
         return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
-
-
-# --- computation ------------------------------------------------------------------------------------------------------
-
-
-def _plain(view: FFNView, *modules: nn.Module | None) -> bool:
-    """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks."""
-    known: tuple[type, ...] = view.owner.projection_types  # type: ignore[assignment]
-    return all(
-        module is None or (any(type(module) is kind for kind in known) and not _watched(module)) for module in modules
-    )
-
-
-def _runs_here_and_now(x_TD: Tensor) -> bool:
-    """Whether the input is in this machine's memory and nobody traces, compiles or intercepts operators."""
-    return (
-        type(x_TD) is Tensor
-        and x_TD.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.jit.is_tracing()
-    )
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether something hooks into the module's forward or replaces it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def _idle(owner: nn.Module, dropout: str | None) -> bool:
-    """Whether this dropout, if there is one, does nothing: a person may switch it on in a model that evaluates."""
-    module = None if dropout is None else owner.get_submodule(dropout)
-    return module is None or not (module.training or _watched(module))
-
-
-def _up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
-    if _plain(view, view.up, view.gate):
-        return _expert_up(x_TD, mask_TE, view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F, activation, size)
-    return _up_by_modules(view, x_TD, mask_TE, activation, size)
-
-
-def _up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
-    """Let the projections compute every neuron, whatever wraps them; then drop what is inactive."""
-    act = ACTIVATIONS[activation]
-    pre = view.up(x_TD)
-    if view.gate is not None:
-        h_TF = act(view.gate(x_TD)) * pre
-    elif view.spec.fused is not None:
-        first, second = pre.chunk(2, dim=-1)
-        h_TF = act(first) * second if view.spec.fused == "gate_up" else first * act(second)
-    else:
-        h_TF = act(pre)
-    return zero_inactive(h_TF, mask_TE, size)
-
-
-def _expert_up(
-    x_TD: Tensor,
-    mask_TE: Tensor,
-    up_FD: Tensor,
-    up_F: Tensor | None,
-    gate_FD: Tensor | None,
-    gate_F: Tensor | None,
-    activation: str,
-    size: int,
-) -> Tensor:
-    tensors = _autocast(x_TD, up_FD, up_F, gate_FD, gate_F)
-    x_TD, up_FD, up_F, gate_FD, gate_F = tensors  # type: ignore[assignment]
-    return expert_up(x_TD, mask_TE, up_FD, up_F, gate_FD, gate_F, activation, size)
-
-
-def _down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
-    if _plain(view, view.down):
-        return _expert_down(view.down, h_TF, mask_TE, gates_TE, size)
-    return _down_by_modules(view, h_TF, mask_TE, gates_TE, size)
-
-
-def _down_by_modules(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
-    """Let the last projection read every neuron: inactive ones are 0."""
-    if gates_TE is not None:
-        h_TF = h_TF * expand_experts(gates_TE, size, h_TF.shape[1]).to(h_TF.dtype)
-    if _plain(view, view.down) and not torch.is_autocast_enabled(h_TF.device.type):
-        h_TF = h_TF.to(weight_out_in(view.down).dtype)  # T5's is float32 whatever the model's
-    y_TD: Tensor = view.down(h_TF)
-    return y_TD
-
-
-def _expert_down(down: nn.Module, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
-    h, weight_DF, bias_D = _autocast(h_TF, weight_out_in(down), bias_of(down))
-    assert h is not None and weight_DF is not None
-    # T5 keeps its last projection in float32 whatever the model's dtype.
-    return expert_down(h.to(weight_DF.dtype), mask_TE, gates_TE, weight_DF.t(), bias_D, size)
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to a linear layer's inputs: our operators are not on its list."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 # --- swapping classes -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from benchmarks.adaptation.methods import METHODS
 from benchmarks.adaptation.options import add_material, settings_of
 from benchmarks.adaptation.report import report
 from benchmarks.adaptation.runs import plan, work
-from benchmarks.common.options import changes, check_positive, dispatch
+from benchmarks.common.options import add_compile, changes, check_positive, dispatch
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,13 +39,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=5_800_000, help="of training a run (default: 5.8 million)")
     add("--seconds", type=float, help="of training a run, at most; a run cut short is marked")
     add("--session-seconds", type=float, help="start no run later than this")
-    add(
-        "--compile",
-        nargs="?",
-        const="default",
-        metavar="HOW",
-        help="train compiled, in this mode of torch.compile (default: default); the same for every method",
-    )
+    add_compile(command)
     add_material(command)
     add("--json", action="store_true", help="print which runs were done as JSON")
 

@@ -20,7 +20,7 @@ from benchmarks.adaptation.material import Material
 from benchmarks.adaptation.measure import TauKnob
 from benchmarks.adaptation.methods import METHODS, check
 from benchmarks.adaptation.options import add_material, settings_of
-from benchmarks.common.options import changes, check_positive
+from benchmarks.common.options import add_compile, changes, check_positive
 from benchmarks.common.report import figure, origin, origins, save, spread_of, write
 from benchmarks.common.store import Store, digest, digest_of_model
 from torch_prunepath.errors import UserError, as_user_error
@@ -42,7 +42,7 @@ def add_options(command: argparse.ArgumentParser, *, sparsity: Sequence[float]) 
     add("--sparsity", type=float, nargs="+", default=list(sparsity), metavar="SHARE")
     add("--seeds", type=int, nargs="+", default=[0], help="of conversion and training, one model each")
     add("--set", action="append", default=[], metavar="[METHOD:]FIELD=VALUE", dest="fields", help="as often as needed")
-    add("--compile", action="store_true", help="train compiled")
+    add_compile(command)
     add("--json", action="store_true", help="print the results as one JSON object in place of the table")
 
 

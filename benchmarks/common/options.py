@@ -51,6 +51,12 @@ def value_of(text: str) -> Any:
         return text
 
 
+def add_compile(command: argparse.ArgumentParser) -> None:
+    """Whether and how training is compiled."""
+    text = "train compiled, in this mode of torch.compile (default: default); the same for every method"
+    command.add_argument("--compile", nargs="?", const="default", metavar="HOW", help=text)
+
+
 def check_device(name: str) -> None:
     """Refuse ``--device`` where there is none such.
 
