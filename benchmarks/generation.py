@@ -7,6 +7,9 @@ DIR of the data holds ``e2e_valid.jsonl.gz``, which is trained on, and ``e2e_tes
 against all their references. Nothing is downloaded. Every method starts from the same fine-tuned dense model and takes
 the same number of optimiser steps on the same data. BLEU and ROUGE-L need sacrebleu and rouge_score; a machine without
 them keeps the texts in the runs' files, and ``report`` scores them where the packages are.
+
+Conversions are kept in ``OUT/cache``, which may be removed, and shared by processes with the same OUT. With
+``--compile`` every method trains compiled, wherever it does not work by hooks, on the same batches padded to one shape.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ DIR of the model is a folder in Hugging Face's layout (all-MiniLM-L6-v2, for ins
 ``sst2_train.jsonl.gz``, ``sst2_dev.jsonl.gz`` and so on. Nothing is downloaded. Every method starts from the same
 fine-tuned dense model and takes the same number of optimiser steps on the same data; ``dense-longer`` takes them and
 stays dense. Dev sets are cut in two: learning rates and settings are chosen on one half, the other is reported.
+
+Conversions are kept in ``OUT/cache``, which may be removed, and shared by processes with the same OUT. With
+``--compile`` every method trains compiled, wherever it does not work by hooks, on the same batches padded to one shape.
 """
 
 from __future__ import annotations

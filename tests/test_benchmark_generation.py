@@ -188,6 +188,30 @@ def test_the_loss_counts_the_reference_and_its_end(task: e2e.E2ETask) -> None:
     assert task._loss(model, sparse=False)["loss"] == pytest.approx(total / labels, rel=1e-4)
 
 
+def test_batches_of_one_shape_lose_the_same_as_others(task: e2e.E2ETask) -> None:
+    dense, longest = task.fresh(0).eval(), max(len(row["input_ids"]) for row in task.train)
+    assert len(task.train) % 8, "so that the last batch is filled up"
+    plain, even = list(task.batches(3)), list(task.batches(3, one_shape=True))
+    assert len({batch["input_ids"].shape for batch in plain}) > 2
+    with torch.no_grad():
+        for one, other in zip(plain, even, strict=True):
+            assert {tuple(value.shape) for value in other.values()} == {(8, longest)}
+            assert int((other["labels"] != e2e.IGNORED).sum()) == int((one["labels"] != e2e.IGNORED).sum())
+            assert float(dense(**other).loss) == pytest.approx(float(dense(**one).loss), rel=1e-5)
+
+
+def test_a_compiled_run_gives_what_an_eager_one_gives(call: Callable[..., int], tmp_path: Path) -> None:
+    asked = ("--methods", "ours", "lte", "--sparsity", 0.5, "--steps", 4, "--meanings", 2, "--set", "expert_size=8")
+    asked += ("--set", "fit_tokens=10000")  # all, for a sample of longer rows has other tokens
+    losses: dict[str, list[float]] = {}
+    for name, how in (("eager", ()), ("compiled", ("--compile", "aot_eager"))):
+        assert call(tmp_path / name, *asked, *how) == 0
+        runs = sorted(Store(tmp_path / name).all().values(), key=lambda run: str(run["config"]["method"]))
+        losses[name] = [run["points"][0]["select"]["loss"] for run in runs]
+        assert {stage["compiled"] for run in runs for stage in run["stages"]} == {how[-1] if how else None}
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-3)
+
+
 def test_batched_generation_is_what_each_text_gives_alone(task: e2e.E2ETask) -> None:
     model = task.fresh(0)
     found = task.generate(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import random
@@ -20,8 +21,10 @@ from benchmarks.common.store import Store
 from benchmarks.tasks import glue
 from benchmarks.tasks.methods import METHODS
 from benchmarks.tasks.report import rows_of
+from benchmarks.tasks.runs import Job
 from torch_prunepath import register_routing_hook, sparsify
 from torch_prunepath.errors import UserError
+from torch_prunepath.train.batches import IGNORED
 
 WORDS = [f"w{i}" for i in range(20)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -181,6 +184,91 @@ def test_finished_runs_are_not_done_again(
     assert "remove it" in capsys.readouterr().err
 
 
+def test_a_conversion_is_made_once_and_trains_alike_when_it_is_kept(call: Callable[..., int], tmp_path: Path) -> None:
+    methods, others = ("ours", "ours-one", "moefication", "lte"), ("static", "d2dmoe")
+    asked = ("--tasks", "sst2", "--steps", 6, "--dense-lr", 3e-3, "--sparsity", 0.5, 0.7, "--set", "expert_size=8")
+    given = (*asked, "--methods", *methods, *others, "--lr", 3e-3)
+
+    def runs_of(output: Path) -> dict[str, dict[str, Any]]:
+        return {name: run for name, run in Store(output).all().items() if run["config"]["method"] != "dense"}
+
+    def kept(runs: dict[str, dict[str, Any]], *of: str) -> list[bool | None]:
+        return [run["stages"][-1]["conversion_kept"] for run in runs.values() if run["config"]["method"] in of]
+
+    assert call(tmp_path, *given) == 0
+    first = runs_of(tmp_path)
+    assert kept(first, *methods).count(False) == len(list((tmp_path / "cache").glob("*.pt"))) == 3
+    assert set(kept(first, *others)) == {None}, "what depends on the target is made anew"
+
+    for name in first:
+        (tmp_path / "runs" / f"{name}.json").unlink()
+    assert call(tmp_path, *given) == 0
+    again = runs_of(tmp_path)
+    assert all(kept(again, *methods))
+    for name, run in first.items():
+        assert again[name]["points"] == run["points"], name
+        pairs = zip(again[name]["stages"], run["stages"], strict=True)
+        assert all(after["last_tenth"] == before["last_tenth"] for after, before in pairs), name
+
+    # Other rates start from the same models; other settings, seeds and weights do not.
+    assert call(tmp_path, *given, "--methods", *methods, "--lr", 1e-3) == 0
+    for more in (("--set", "expert_size=4"), ("--seeds", 1), ("--dense-lr", 2e-3)):
+        before = len(list((tmp_path / "cache").glob("*.pt")))
+        assert call(tmp_path, *given, "--methods", "lte", "--sparsity", 0.5, *more) == 0
+        assert len(list((tmp_path / "cache").glob("*.pt"))) == before + 1, more
+        assert before < 6
+
+
+def test_a_conversion_of_other_weights_is_not_taken(call: Callable[..., int], tmp_path: Path) -> None:
+    asked = ("--tasks", "sst2", "--steps", 2, *FAST, "--methods", "lte", "--sparsity", 0.5)
+    assert call(tmp_path, *asked) == 0
+    (weights,) = (tmp_path / "dense").iterdir()
+    torch.save({key: value * 1.5 for key, value in torch.load(weights).items()}, weights)
+    (run,) = (tmp_path / "runs").glob("*lte*")
+    before = json.loads(run.read_text())["stages"]
+    run.unlink()
+    assert call(tmp_path, *asked) == 0
+    after = json.loads(run.read_text())["stages"]
+    assert [stage["conversion_kept"] for stage in after] == [False, False]
+    assert [stage["last_tenth"] for stage in after] != [stage["last_tenth"] for stage in before]
+
+
+def test_a_compiled_run_gives_what_an_eager_one_gives(call: Callable[..., int], model: Path, tmp_path: Path) -> None:
+    steady = shutil.copytree(model, tmp_path / "steady")  # dropout would draw other numbers where rows are longer
+    config = json.loads((steady / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (steady / "config.json").write_text(json.dumps(config))
+    rates = ("--lr", 3e-4, "--dense-lr", 3e-3)
+    asked = ("--model", steady, "--tasks", "sst2", "--steps", 4, *rates, "--sparsity", 0.5, "--set", "expert_size=8")
+    more = ("--set", "ours.distill_logits=1", "--methods", *(name for name in METHODS if name != "ours-one"))
+    found = {}
+    for how in (None, "aot_eager"):
+        output = tmp_path / str(how)
+        assert call(output, *asked, *more, *(() if how is None else ("--compile", how))) == 0
+        found[how] = {run["config"]["method"]: run for run in Store(output).all().values()}
+    assert found[None].keys() == found["aot_eager"].keys()
+    for method, eager in found[None].items():
+        compiled = found["aot_eager"][method]
+        assert (eager["config"]["compile"], compiled["config"]["compile"]) == (None, "aot_eager")
+        hooks = {"d2dmoe": 1}.get(method, 0)
+        near = {"rel": 2e-2 if method == "lte" else 1e-3}  # its separation loss, in the thousands here, magnifies noise
+        after = [stage["compiled"] for stage in compiled["stages"]]
+        assert after == [None] * hooks + ["aot_eager"] * (len(after) - hooks), method
+        assert not any(stage["compiled"] for stage in eager["stages"])
+        for before, stage in zip(eager["stages"], compiled["stages"], strict=True):
+            assert stage["last_tenth"]["task"] == pytest.approx(before["last_tenth"]["task"], **near), method
+        for before, point in zip(eager["points"], compiled["points"], strict=True):
+            assert point["report"]["loss"] == pytest.approx(before["report"]["loss"], **near), method
+
+
+def test_runs_keep_the_names_they_had_before_any_could_be_compiled() -> None:
+    about = {"model": "m", "weights": "w", "data": "d", "batch": 32, "autocast": True}
+    job = Job("rte", "ours", (0.5,), 3, 1e-4, 2e-4, 100, {"expert_size": 8}, **about)
+    assert job.name == "rte-ours-50-seed3-4da9d9ea"
+    assert dataclasses.replace(job, model="elsewhere").name == job.name
+    assert dataclasses.replace(job, compile="default").name != job.name
+
+
 def test_each_seed_s_choice_is_made_by_the_selection_half() -> None:
     def run(seed: int, lr: float, select: float, held: float) -> dict[str, Any]:
         config = {"task": "rte", "method": "ours", "steps": 5, "seed": seed, "lr": lr, "fields": {}}
@@ -281,6 +369,30 @@ def test_batches_hold_every_row_once_a_pass_in_another_order(data: Path, model: 
     assert all("labels" not in batch for batch in calibration)
 
 
+def test_batches_of_one_shape_lose_the_same_as_others(data: Path, model: Path) -> None:
+    task = glue.GlueTask("qnli", data, str(model), batch=16, length=32, device="cpu")
+    dense, longest = task.fresh(0).eval(), max(len(row["input_ids"]) for row in task.train)
+    assert longest < 32 and len(task.train) % 16, "so that rows are padded, and the last batch filled up"
+    plain, even = task.batches(3), task.batches(3, one_shape=True)
+    assert len(plain) == len(even)
+    with torch.no_grad():
+        for one, other in zip([*plain, *plain], [*even, *even], strict=True):
+            assert {key: tuple(value.shape) for key, value in other.items()} == {
+                key: (16,) if key == "labels" else (16, longest) for key in one
+            }
+            assert float(dense(**other).loss) == pytest.approx(float(dense(**one).loss), rel=1e-5)
+            added = other["labels"][len(one["labels"]) :]
+            assert torch.equal(other["labels"][: len(one["labels"])], one["labels"]) and (added == IGNORED).all()
+            assert other["attention_mask"].any(-1).all(), "a row without text would have no attention to give"
+
+
+def test_fewer_rows_than_a_batch_make_one_whole_batch() -> None:
+    rows = [{"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [5] * n} for n in (1, 3)]
+    (batch,) = glue.Shuffled(rows, 5, 0, {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}, one_shape=True)
+    assert {tuple(value.shape) for value in batch.values()} == {(5, 3)}
+    assert (batch["labels"] == 5).sum() == 4 and (batch["labels"][2:] == IGNORED).all()
+
+
 def test_padding_does_not_count_in_sparsity(data: Path, model: Path) -> None:
     task = glue.GlueTask("sst2", data, str(model), batch=16, length=32, device="cpu")
     sparse = sparsify(task.fresh(0), tau=1.0, calibration=task.calibration(), progress=False)
@@ -327,6 +439,8 @@ def test_metrics() -> None:
         (("--set", "expert_size=0"), "must be at least 1"),
         (("--set", "score=size"), "score='size' is not known"),
         (("--set", "warmup=3"), "outside [0, 1]"),
+        (("--compile", "nonsense"), "knows no such mode: choose from default, reduce-overhead"),
+        (("--compile", "--set", "ours.distill_ffn=1"), "distill_ffn watches outputs with hooks"),
         (("--set", "first=2"), "outside [0, 1]"),
         (("--model", "/nowhere"), "there is no model"),
         (("--data", "/nowhere"), "there is no folder"),

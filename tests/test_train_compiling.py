@@ -152,6 +152,20 @@ def test_what_cannot_be_compiled_is_refused_before_anything_happens() -> None:
     assert graphs() == 0
 
 
+def test_many_kinds_of_runs_in_one_process_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("entropy", "load_balance", "lte_separation", "contribution_fit")
+    kinds = [{n: 0.1 for i, n in enumerate(names) if bits >> i & 1} for bits in range(1, 11)]
+    model = sparse("llama")
+    for kind in kinds:
+        trained(model, TrainConfig(steps=1, phases=(hold(0.5),), fit_tokens=5, **kind), compile=BACKEND)
+    assert graphs() == len(kinds) + 1  # that of the loss
+    monkeypatch.setattr("torch_prunepath.train.compiling.VARIANTS", 4)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for kind in kinds:
+            trained(model, TrainConfig(steps=1, phases=(hold(0.5),), fit_tokens=5, **kind), compile=BACKEND)
+
+
 def test_inductor_trains() -> None:
     model = sparse("llama")
     expected, _ = trained(copy.deepcopy(model))

@@ -175,9 +175,9 @@ class E2ETask:
         ids = prompt + answer
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}
 
-    def batches(self, seed: int) -> Shuffled:
+    def batches(self, seed: int, one_shape: bool = False) -> Shuffled:
         """Training batches with labels, in a new order at each pass."""
-        return Shuffled(self.train, self.batch, seed, self.pad)
+        return Shuffled(self.train, self.batch, seed, self.pad, one_shape)
 
     def calibration(self) -> list[dict[str, Any]]:
         """Some training batches without labels."""

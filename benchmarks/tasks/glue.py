@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks.common.store import digest
 from benchmarks.tasks.runs import measured, unheard
 from torch_prunepath.errors import UserError, as_user_error, one_line
+from torch_prunepath.train.batches import IGNORED
 
 Row = dict[str, Any]
 Inputs = dict[str, Tensor]
@@ -130,15 +131,23 @@ def _checked(rows: list[Row], shape: Shape, trained: float) -> tuple[list[Row], 
 class Shuffled:
     """Batches of rows in a new order at each pass, padded to the longest of each batch.
 
+    With ``one_shape``, for compiled training, they are the same batches, but padded to the longest row of all. Where
+    the last batch of a pass is smaller, its rows are repeated without their labels until it is full: its loss on the
+    task stays what it was, only what routers learn from and the realised sparsity count these rows again.
+
     Args:
-        rows: tokenised; each a dict of lists.
+        rows: tokenised, with ``labels``; each a dict of lists.
         batch: rows a batch.
         seed: of the orders.
         pad: padding value of each key.
+        one_shape: see above.
     """
 
-    def __init__(self, rows: Sequence[Row], batch: int, seed: int, pad: Mapping[str, int]) -> None:
+    def __init__(
+        self, rows: Sequence[Row], batch: int, seed: int, pad: Mapping[str, int], one_shape: bool = False
+    ) -> None:
         self.rows, self.batch, self.seed, self.pad = rows, batch, seed, pad
+        self.width = max(len(row["input_ids"]) for row in rows) if one_shape else None
         self._passes = 0
 
     def __len__(self) -> int:
@@ -149,18 +158,27 @@ class Shuffled:
         random.Random(f"{self.seed} {self._passes}").shuffle(order)
         self._passes += 1
         for start in range(0, len(order), self.batch):
-            yield padded([self.rows[i] for i in order[start : start + self.batch]], self.pad)
+            rows = [self.rows[i] for i in order[start : start + self.batch]]
+            if self.width is not None:
+                again = itertools.islice(itertools.cycle(rows), self.batch - len(rows))
+                rows = rows + [_unlabelled(row) for row in again]
+            yield padded(rows, self.pad, width=self.width)
 
 
-def padded(rows: Sequence[Row], pad: Mapping[str, int], left: bool = False) -> Inputs:
-    """Rows as one batch, int64 ``[B, T]``; numbers as ``[B]``."""
+def _unlabelled(row: Row) -> Row:
+    labels = row["labels"]
+    return {**row, "labels": IGNORED if isinstance(labels, int) else [IGNORED] * len(labels)}
+
+
+def padded(rows: Sequence[Row], pad: Mapping[str, int], left: bool = False, width: int | None = None) -> Inputs:
+    """Rows as one batch, int64 ``[B, T]``; numbers as ``[B]``; T is the longest row's length, or ``width``."""
     batch: Inputs = {}
     for key, first in rows[0].items():
         if isinstance(first, int):
             batch[key] = torch.tensor([row[key] for row in rows])
             continue
-        width = max(len(row[key]) for row in rows)
-        filled = [([pad[key]] * (width - len(row[key])), row[key]) for row in rows]
+        length = max(len(row[key]) for row in rows) if width is None else width
+        filled = [([pad[key]] * (length - len(row[key])), row[key]) for row in rows]
         batch[key] = torch.tensor([fill + row if left else row + fill for fill, row in filled])
     return batch
 
@@ -219,9 +237,9 @@ class GlueTask:
         keys = [key for key in found if key in self.pad]
         return [{key: found[key][i] for key in keys} | {"labels": row["label"]} for i, row in enumerate(rows)]
 
-    def batches(self, seed: int) -> Shuffled:
+    def batches(self, seed: int, one_shape: bool = False) -> Shuffled:
         """Training batches with labels, in a new order at each pass."""
-        return Shuffled(self.train, self.batch, seed, self.pad)
+        return Shuffled(self.train, self.batch, seed, self.pad, one_shape)
 
     def calibration(self) -> list[dict[str, Any]]:
         """Some training batches without labels."""

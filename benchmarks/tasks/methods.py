@@ -1,26 +1,35 @@
 """From a dense model fine-tuned on a task to a sparse one, by each method, with the same optimiser steps and data.
 
-A method is a generator: it changes the model in place and yields a :class:`Ready` for each sparsity that the model
-shall be measured at. What each trains on, and how long, is the same; what it does with it follows its source.
+A method is a generator: it changes its :class:`Work`'s model and yields a :class:`Ready` for each sparsity that the
+model shall be measured at. What each trains on, and how long, is the same; what it does with it follows its source.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
+from benchmarks.tasks.work import Ready, Work
 from torch_prunepath import SparsifyConfig, set_sparsity, sparsify
-from torch_prunepath.baselines import d2dmoe, enforce_sparsity, lte, moefication, prune, train_dense
+from torch_prunepath.baselines import (
+    LTE,
+    MoEfication,
+    d2dmoe,
+    enforce_sparsity,
+    lte,
+    moefication,
+    prune,
+    train_dense,
+)
 from torch_prunepath.baselines.pruning import Score
 from torch_prunepath.config import check_choice
 from torch_prunepath.train import TrainConfig, fixed_tau, hold, recipes, train
+from torch_prunepath.train.compiling import check_compilable
 
 COMMON = ("weight_decay", "norm_lr", "warmup", "decay", "accumulation", "clip", "distill_logits", "temperature")
 """Fields that every method which trains has."""
@@ -29,104 +38,16 @@ SET_ELSEWHERE = {"steps", "epochs", "phases", "lr", "autocast", "seed"}
 OURS = tuple(
     f.name for kind in (TrainConfig, SparsifyConfig) for f in dataclasses.fields(kind) if f.name not in SET_ELSEWHERE
 )
-EXPERTS = {f.name for f in dataclasses.fields(SparsifyConfig)} - {"seed"}
-
-
-class Data(Protocol):
-    """What methods see of a task."""
-
-    def batches(self, seed: int) -> Any:
-        """Training batches with labels, sized, in a new order at each pass."""
-
-    def calibration(self) -> list[dict[str, Any]]:
-        """Some training batches without labels."""
 
 
 class _Nothing:
     """No data: enough to look at settings."""
 
-    def batches(self, seed: int) -> Any:
+    def batches(self, seed: int, one_shape: bool = False) -> Any:
         return []
 
     def calibration(self) -> list[dict[str, Any]]:
         return []
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The model can be measured.
-
-    Attributes:
-        target: the sparsity asked for.
-        tau: that realises it, if the model is routed.
-        removed: share of neurons that are gone for good, if the model is pruned; 0 if it is dense.
-    """
-
-    target: float
-    tau: float | None = None
-    removed: float | None = None
-
-
-@dataclass
-class Work:
-    """One run of one method.
-
-    Attributes:
-        model: dense and fine-tuned; changed in place.
-        data: to train and calibrate on.
-        sparsity: the targets.
-        steps: optimiser steps that the method may take.
-        lr: peak learning rate of the model's weights.
-        seed: of everything random.
-        fields: what the method's own settings are replaced by.
-        autocast: train in bfloat16 autocast.
-        progress: show progress bars.
-        stages: what was trained, in order; filled in.
-    """
-
-    model: nn.Module
-    data: Data
-    sparsity: Sequence[float]
-    steps: int
-    lr: float
-    seed: int
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    autocast: bool = False
-    progress: bool = False
-    stages: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.teacher = copy.deepcopy(self.model) if self.fields.get("distill_logits") else None
-
-    def config(self, recipe: TrainConfig, steps: int | None = None) -> TrainConfig:
-        """A recipe with this run's rate, length and settings."""
-        known = {f.name for f in dataclasses.fields(TrainConfig)}
-        changes = {name: value for name, value in self.fields.items() if name in known}
-        length = {} if steps is None else {"steps": steps, "epochs": None}
-        return dataclasses.replace(recipe, lr=self.lr, seed=self.seed, autocast=self.autocast, **length, **changes)
-
-    def experts(self) -> SparsifyConfig:
-        """How ours makes the model sparse."""
-        changes = {name: value for name, value in self.fields.items() if name in EXPERTS}
-        return SparsifyConfig(seed=self.seed, **changes)
-
-    def of(self, *names: str) -> dict[str, Any]:
-        """These of the settings, where they are given."""
-        return {name: self.fields[name] for name in names if name in self.fields}
-
-    def fit(self, trainer: Callable[..., list[dict[str, float]]], config: TrainConfig, **options: Any) -> None:
-        """Train, towards the fine-tuned dense model too if ``distill_logits`` is set, and note how it went."""
-        start = time.perf_counter()
-        batches = self.data.batches(self.seed)
-        history = trainer(self.model, batches, config, teacher=self.teacher, progress=self.progress, **options)
-        last = history[-max(1, len(history) // 10) :]
-        means = {name: sum(record[name] for record in last) / len(last) for name in last[-1] if name != "step"}
-        stage = {"config": config.to_dict(), "seconds": round(time.perf_counter() - start, 2), "last_tenth": means}
-        self.stages.append(stage)
-
-    def calibrated(self) -> dict[str, Any]:
-        """Arguments that every conversion takes."""
-        return {"calibration": self.data.calibration(), "progress": self.progress}
 
 
 def fine_tuned(work: Work) -> Iterator[Ready]:
@@ -143,14 +64,14 @@ def longer(work: Work) -> Iterator[Ready]:
 def ours(work: Work) -> Iterator[Ready]:
     """Routed experts, trained with the sparsity held at one target."""
     (target,) = work.sparsity
-    sparsify(work.model, tau=1.0, config=work.experts(), **work.calibrated())
+    _sparsified(work)
     work.fit(train, work.config(recipes.held(work.steps, target)))
     yield _at(work, target)
 
 
 def ours_one(work: Work) -> Iterator[Ready]:
     """Routed experts, trained once for the whole range of targets."""
-    sparsify(work.model, tau=1.0, config=work.experts(), **work.calibrated())
+    _sparsified(work)
     low, high = min(work.sparsity), max(work.sparsity)
     work.fit(train, work.config(recipes.ours(work.steps, low, high)))
     for target in work.sparsity:
@@ -168,8 +89,9 @@ def static(work: Work) -> Iterator[Ready]:
 def moefied(work: Work) -> Iterator[Ready]:
     """MoEfication with MLP routers: a fixed number of experts, the model trained around frozen routers."""
     (target,) = work.sparsity
-    handle = moefication(work.model, router="mlp", seed=work.seed, **work.of("expert_size"), **work.calibrated())
-    tau = handle.set_sparsity(target)
+    how = {"router": "mlp", "seed": work.seed, **work.of("expert_size")}
+    work.convert("moefication", how, lambda model: moefication(model, **how, **work.calibrated()))
+    tau = MoEfication(work.model, None).set_sparsity(target)
     work.fit(train, work.config(TrainConfig(steps=work.steps, phases=(fixed_tau(tau),))))
     yield Ready(target, tau=tau)
 
@@ -184,7 +106,7 @@ def dynamic_k(work: Work) -> Iterator[Ready]:
     if first:
         config = work.config(TrainConfig(steps=first), first)
         penalty = {"weight": work.fields["hoyer"]} if "hoyer" in work.fields else {}
-        work.fit(enforce_sparsity, config, **penalty)
+        work.fit(enforce_sparsity, config, hooks=True, **penalty)
     handle = d2dmoe(work.model, seed=work.seed, **work.of("expert_size"), **work.calibrated())
     if work.steps > first:
         rest = work.steps - first
@@ -198,12 +120,21 @@ def learn_to_be_efficient(work: Work) -> Iterator[Ready]:
     (target,) = work.sparsity
     given = {"router_lr": work.lr, **work.of("eta", "first", "router_lr")}
     first, second = recipes.lte_stages(work.steps, lr=work.lr, **given)
-    handle = lte(work.model, seed=work.seed, progress=work.progress, **work.of("expert_size"))
+    how = {"seed": work.seed, **work.of("expert_size")}
+    work.convert("lte", how, lambda model: lte(model, progress=work.progress, **how))
+    handle = LTE(work.model, None)
+    handle.start_first_stage()
     work.fit(train, work.config(first))
     handle.start_second_stage()
     work.fit(train, work.config(dataclasses.replace(second, phases=(hold(target),))))
     tau = handle.set_sparsity(target, work.data.calibration())
     yield Ready(target, tau=tau)
+
+
+def _sparsified(work: Work) -> None:
+    config = work.experts()
+    how = dataclasses.asdict(config)
+    work.convert("sparsified", how, lambda model: sparsify(model, tau=1.0, config=config, **work.calibrated()))
 
 
 def _at(work: Work, target: float) -> Ready:
@@ -251,14 +182,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """The methods by name."""
 
 
-def check(method: str, fields: Mapping[str, Any], steps: int, lr: float) -> None:
+def check(method: str, fields: Mapping[str, Any], steps: int, lr: float, compile: str | None = None) -> None:
     """Refuse settings before anything heavy runs.
 
     Raises:
         ValueError: with a remedy.
     """
     work = Work(nn.Identity(), _Nothing(), (0.5,), steps, lr, 0, fields)
-    work.config(TrainConfig(steps=1))
+    config = work.config(TrainConfig(steps=1))
+    if compile is not None:
+        check_compilable(work.model, config)
     if METHODS[method].run in (ours, ours_one):
         work.experts()
     if method == "lte":

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.options import changes, check_device, check_positive, check_shares
+from benchmarks.common.options import add_compile, changes, check_device, check_positive, check_shares
 from benchmarks.common.store import digest_of_model
 from benchmarks.tasks.methods import METHODS, check
 from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.train.compiling import MODES
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Options:
         fields: settings of each method.
         batch: rows a batch.
         autocast: train in bfloat16 autocast.
+        compile: train compiled, in this mode of ``torch.compile``; None: do not.
         commit: what the results say they were made from; None: git's answer.
         progress: show progress bars of single runs.
     """
@@ -51,6 +53,7 @@ class Options:
     fields: Mapping[str, Mapping[str, Any]]
     batch: int
     autocast: bool
+    compile: str | None
     commit: str | None
     progress: bool
 
@@ -73,6 +76,7 @@ def add_options(parser: argparse.ArgumentParser, *, batch: int, lr: float) -> No
     settings.help = "a field of the method's training or experts; without METHOD, of every method that has it"
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bf16", action="store_true", help="train in bfloat16 autocast; weights and evaluation stay in float32")
+    add_compile(parser)
     add("--commit", help="what the results say they were made from (default: git's answer)")
     add("-o", "--output", type=Path, required=True, help="folder of the results; runs that it holds are not done again")
     add("--quiet", action="store_true", help="no progress bars for single runs")
@@ -91,7 +95,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     with as_user_error(ValueError, TypeError):
         for method in methods:
             for lr in (*arguments.lr, *arguments.dense_lr):
-                check(method, fields[method], arguments.steps or 2, lr)
+                check(method, fields[method], arguments.steps or 2, lr, arguments.compile)
     return Options(
         model=Path(arguments.model).name,
         weights=digest_of_model(Path(arguments.model)),
@@ -106,6 +110,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         fields=fields,
         batch=arguments.batch,
         autocast=arguments.bf16,
+        compile=arguments.compile,
         commit=arguments.commit,
         progress=not (arguments.quiet or arguments.json),
     )
@@ -119,3 +124,6 @@ def _check(arguments: argparse.Namespace) -> None:
     if not arguments.data.is_dir():
         raise UserError(f"there is no folder {arguments.data}: name the folder of the data with --data")
     check_device(arguments.device)
+    how = arguments.compile
+    if how is not None and how not in MODES and how not in torch.compiler.list_backends(exclude_tags=()):
+        raise UserError(f"--compile {how}: torch.compile knows no such mode: choose from {', '.join(MODES)}")

@@ -4,6 +4,7 @@ A run whose file is there is not done again. One that diverged is noted as faile
 
 OUT/runs/TASK-METHOD-SPARSITY-seedN-HASH.json   what one run gave
 OUT/dense/TASK-dense-0-seedN-HASH.pt            fine-tuned dense weights, which the other runs start from
+OUT/cache/KIND-HASH.pt                          these, converted: what several targets and learning rates start from
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from transformers.utils import logging
 
 from benchmarks.common.report import origin
 from benchmarks.common.store import Run, Store, digest, load, replacing
-from benchmarks.tasks.methods import METHODS, Data, Ready, Work
+from benchmarks.tasks.methods import METHODS
 from benchmarks.tasks.options import Options
+from benchmarks.tasks.work import Data, Ready, Work
 from torch_prunepath import record_sparsity
 from torch_prunepath.baselines import train_dense
 from torch_prunepath.data import evaluating
@@ -75,14 +77,21 @@ class Job:
     data: str
     batch: int
     autocast: bool
+    compile: str | None = None
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What tells this run from others."""
+        # The weights' digest says which model it is, wherever its folder lies and whatever it is called. Runs that are
+        # not compiled are called as they were before any could be.
+        left_out = {"model"} if self.compile is not None else {"model", "compile"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     @property
     def name(self) -> str:
         """Of the run's file."""
         of = "-".join(f"{100 * target:g}" for target in self.targets) or "0"
-        # The weights' digest says which model it is, wherever its folder lies and whatever it is called.
-        decides = {name: value for name, value in dataclasses.asdict(self).items() if name != "model"}
-        return f"{self.task}-{self.method}-{of}-seed{self.seed}-{digest(decides, 8)}"
+        return f"{self.task}-{self.method}-{of}-seed{self.seed}-{digest(self.decides, 8)}"
 
 
 class Runner:
@@ -104,6 +113,8 @@ class Runner:
 
     def run(self) -> Iterator[str]:
         """Every run, dense ones first; yields the name of each that is there."""
+        if self.options.compile is not None:
+            torch.compiler.reset()  # another task's shape before this one's would make torch compile for any shape
         for seed in self.options.seeds:
             dense = [self._job("dense", (), seed, lr, lr) for lr in self.options.dense_lr]
             for job in dense:
@@ -124,7 +135,7 @@ class Runner:
     def _job(self, method: str, targets: tuple[float, ...], seed: int, lr: float, dense_lr: float) -> Job:
         options, fields = self.options, dict(self.options.fields.get(method, {}))
         about = {"model": options.model, "weights": options.weights, "data": self.task.digest}
-        about |= {"batch": options.batch, "autocast": options.autocast}
+        about |= {"batch": options.batch, "autocast": options.autocast, "compile": options.compile}
         return Job(self.task.name, method, targets, seed, lr, dense_lr, self.steps, fields, **about)
 
     def _ensure(self, job: Job) -> str:
@@ -163,18 +174,11 @@ class Runner:
         }
 
     def _points(self, job: Job, stages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        model = self.task.fresh(job.seed)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._fine_tune(model, job, stages)
-        work = Work(
-            *(model, self.task, job.targets, job.steps, job.lr, job.seed, job.fields),
-            autocast=job.autocast,
-            progress=self.options.progress,
-            stages=stages,
-        )
+        work = self._work(self._fine_tuned(job, stages), job, stages)
+        parameters = sum(parameter.numel() for parameter in work.model.parameters())
         try:
             for ready in METHODS[job.method].run(work):
-                yield {**self._measure(model, ready), "parameters": parameters}
+                yield {**self._measure(work.model, ready), "parameters": parameters}
         except ValueError as error:
             raise UserError(f"{job.name}: {one_line(error)}") from error
 
@@ -191,18 +195,33 @@ class Runner:
                 found[half]["sparsity"] = ready.removed
         return {"target": ready.target, "tau": ready.tau, **found}
 
-    def _fine_tune(self, model: nn.Module, job: Job, stages: list[dict[str, Any]]) -> None:
-        """Give the model its fine-tuned dense weights: those that are kept, or else by training."""
-        dense = self._job("dense", (), job.seed, job.dense_lr, job.dense_lr)
+    def _dense(self, job: Job) -> Job:
+        """The fine-tuning that a run starts from."""
+        return self._job("dense", (), job.seed, job.dense_lr, job.dense_lr)
+
+    def _work(self, model: nn.Module, job: Job, stages: list[dict[str, Any]]) -> Work:
+        return Work(
+            *(model, self.task, job.targets, job.steps, job.lr, job.seed, job.fields),
+            autocast=job.autocast,
+            compile=job.compile,
+            progress=self.options.progress,
+            stages=stages,
+            cache=self.store.cache,
+            origin=self._dense(job).decides,
+        )
+
+    def _fine_tuned(self, job: Job, stages: list[dict[str, Any]]) -> nn.Module:
+        """The model with the dense weights that the run starts from: those that are kept, or else by fine-tuning."""
+        model, dense = self.task.fresh(job.seed), self._dense(job)
         path = self.store.output / "dense" / f"{dense.name}.pt"
         if path.exists():
             model.load_state_dict(load(path, weights_only=True))
-            return
-        tuning = Work(model, self.task, (), job.steps, job.dense_lr, job.seed, {}, job.autocast, self.options.progress)
-        tuning.stages = stages
+            return model
+        tuning = self._work(model, dense, stages)
         tuning.fit(train_dense, tuning.config(TrainConfig(steps=job.steps)))
         with replacing(path) as part:
             torch.save(model.state_dict(), part)
+        return model
 
 
 def score_of(run: Run) -> float:

@@ -17,6 +17,9 @@ from torch_prunepath.train.shard import is_sharded
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """Of ``torch.compile``; other names are backends."""
+VARIANTS = 64
+"""Of one block's code that are compiled in a process: torch's own 8 is passed by some runs that differ, and what comes
+after that would run eager without a word."""
 RECORDING_MODES = ("reduce-overhead", "max-autotune")
 """Those that replay CUDA graphs, whose outputs the next replay writes over."""
 
@@ -54,6 +57,8 @@ def compiled_blocks(model: nn.Module, how: str | bool = True) -> Iterator[None]:
 
     Raises:
         ValueError: if a block was compiled before.
+        torch._dynamo.exc.FailOnRecompileLimitHit: inside the context, if a process has compiled a block's code in 64
+            ways; ``torch.compiler.reset()`` makes room.
     """
     if not how:
         yield
@@ -68,7 +73,8 @@ def compiled_blocks(model: nn.Module, how: str | bool = True) -> Iterator[None]:
             block.compile(**options)
         if isinstance(model, PreTrainedModel):
             model.loss_function = torch.compile(model.loss_function, **options)
-        yield
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
+            yield
     finally:
         for block in found:
             block._compiled_call_impl = None
