@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from torch_prunepath import SparsifyConfig, sparsify
-from torch_prunepath.train import TrainConfig, contiguous, draw, train
+from torch_prunepath.train import TrainConfig, contiguous, ramp, train
 
 EXPERTS = SparsifyConfig(expert_size=2, partition="random", router="centroid", budget="uniform")
 EVERYTHING = TrainConfig(
     steps=8,
-    phases=(draw(0.3, 0.9),),
+    phases=(ramp(0.3, 0.9),),
     lr=3e-3,
     router_lr=3e-3,
     accumulation=2,
@@ -29,7 +29,7 @@ EVERYTHING = TrainConfig(
     contribution_fit=0.5,
     distill_ffn=0.1,
     distill_logits=0.5,
-    fit_tokens=24,  # every token: which are sampled depends on the batch's number in the step
+    fit_tokens=24,  # every token: which are sampled depends on the batch's number in the step, as drawn targets do
 )
 
 
