@@ -282,6 +282,7 @@ def test_adapters_leave_weights_alone_unless_lora_changes_them(
         (["--windows", 0], "must be positive"),
         (["--seconds", -1], "must be positive"),
         (["--device", "nowhere"], "this machine has none"),
+        (["--compile", "nonsense"], "knows no such mode"),
         (["--set", "expert_size"], "says no value"),
         (["--set", "expert_size=4"], "no method has expert_size"),
         (["--set", "ours:expert_size=4"], "not among --methods"),

@@ -146,6 +146,8 @@ def test_what_cannot_be_compiled_is_refused_before_anything_happens() -> None:
         trained(model, TrainConfig(steps=1, distill_ffn=1.0), compile=BACKEND)
     with compiled_blocks(model, BACKEND), pytest.raises(ValueError, match="compiled already"):
         trained(model, compile=BACKEND)
+    with pytest.raises(ValueError, match=r"'nonsense': torch\.compile knows no such mode: choose from default"):
+        trained(model, compile="nonsense")
     model.gradient_checkpointing_enable()  # type: ignore[operator]
     with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
         trained(model, compile=BACKEND)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.options import check_device, check_positive, check_shares
-from torch_prunepath.errors import UserError
+from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.train.compiling import check_how
 
 DATA_FILES = {"train": "books_train.txt.xz", "books": "books_test.txt.xz", "wikitext2": "wikitext2_test.raw.txt.gz"}
 """What ``--data`` is expected to hold."""
@@ -112,6 +113,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_shares(self.sparsities)
+        with as_user_error(ValueError):
+            check_how(self.compile or False)
         names = ("windows", "search_windows", "eval_rows", "calibration_tokens", "seconds", "session_seconds")
         check_positive({name: getattr(self, name) for name in names})
         for path in (self.train_text, *self.test_texts.values()):

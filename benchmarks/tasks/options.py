@@ -14,7 +14,7 @@ from benchmarks.common.options import add_compile, changes, check_device, check_
 from benchmarks.common.store import digest_of_model
 from benchmarks.tasks.methods import METHODS, check
 from torch_prunepath.errors import UserError, as_user_error
-from torch_prunepath.train.compiling import MODES
+from torch_prunepath.train.compiling import check_how
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,5 @@ def _check(arguments: argparse.Namespace) -> None:
     if not arguments.data.is_dir():
         raise UserError(f"there is no folder {arguments.data}: name the folder of the data with --data")
     check_device(arguments.device)
-    how = arguments.compile
-    if how is not None and how not in MODES and how not in torch.compiler.list_backends(exclude_tags=()):
-        raise UserError(f"--compile {how}: torch.compile knows no such mode: choose from {', '.join(MODES)}")
+    with as_user_error(ValueError):
+        check_how(arguments.compile or False)

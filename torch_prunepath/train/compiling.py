@@ -56,7 +56,7 @@ def compiled_blocks(model: nn.Module, how: str | bool = True) -> Iterator[None]:
             ``torch.compile``; True is its default, False compiles nothing.
 
     Raises:
-        ValueError: if a block was compiled before.
+        ValueError: if a block was compiled before, or ``how`` is not known.
         torch._dynamo.exc.FailOnRecompileLimitHit: inside the context, if a process has compiled a block's code in 64
             ways; ``torch.compiler.reset()`` makes room.
     """
@@ -83,7 +83,18 @@ def compiled_blocks(model: nn.Module, how: str | bool = True) -> Iterator[None]:
             model.__dict__["_loss_function"] = loss
 
 
+def check_how(how: str | bool) -> None:
+    """Refuse what is neither a mode nor a backend.
+
+    Raises:
+        ValueError: with the modes.
+    """
+    if isinstance(how, str) and how not in MODES and how not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(f"compile={how!r}: torch.compile knows no such mode: choose from {', '.join(MODES)}")
+
+
 def _options(how: str | bool) -> dict[str, Any]:
+    check_how(how)
     if how is True:
         return {}
     assert isinstance(how, str)

@@ -16,6 +16,7 @@ import torch
 
 from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.train.compiling import check_how
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.material import Source
 from torch_prunepath.train.recipes import LTE_RECIPE, RECIPES
@@ -105,6 +106,8 @@ class Options:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
         if sum(value is not None for value in (self.steps, self.tokens, self.epochs)) > 1:
             raise UserError("--steps, --tokens and --epochs all say how long to train: give one of them")
+        with as_user_error(ValueError):
+            check_how(self.compile or False)
         if self.compile and self.checkpointing:
             raise UserError("--compile and --checkpointing exclude each other: compiled blocks cannot be run again")
         if self.context < 2:
