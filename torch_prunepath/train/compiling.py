@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 VARIANTS = 64
 """Of one block's code that are compiled in a process: torch's own 8 is passed by some runs that differ, and what comes
 after that would run eager without a word."""
-RECORDING_MODES = ("reduce-overhead", "max-autotune")
-"""Those that replay CUDA graphs, whose outputs the next replay writes over."""
+RECORDING_MODES: Mapping[str, str] = MappingProxyType(
+    {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+)
+"""Those that replay CUDA graphs, whose outputs the next replay writes over; and the same without."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -99,6 +102,14 @@ def _options(how: str | bool) -> dict[str, Any]:
         return {}
     assert isinstance(how, str)
     return {"mode" if how in MODES else "backend": how}
+
+
+def without_recording(how: str | bool) -> str | bool:
+    """The same without CUDA graphs: for a teacher.
+
+    Without a backward pass to wait for, one block's replay would write over what the block before it answered.
+    """
+    return RECORDING_MODES.get(how, how) if isinstance(how, str) else how
 
 
 @torch.no_grad()
