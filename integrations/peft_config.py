@@ -66,7 +66,7 @@ class PrunePathConfig(PeftConfig):
     partition: str = "coactivation"
     router: str = "fitted"
     router_norm: bool = False
-    shared_experts: int = 0
+    shared_experts: int | float = 0
     rule: str = "reach"
     gate: str = "one"
     gate_offset: float = 0.0

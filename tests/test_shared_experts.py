@@ -258,12 +258,25 @@ def test_adapters_keep_them(tmp_path: Path) -> None:
     torch.testing.assert_close(output(merged, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_share_of_each_layers_experts() -> None:
+    model, inputs = ARCHITECTURES["llama"]()
+    config = SparsifyConfig(expert_size=8, shared_experts=0.3)
+    sparsify(model, config=config, calibration=inputs, progress=False)
+    for layer in sparse_layers(model).values():
+        assert layer.experts.shared == round(0.3 * layer.num_experts) > 0
+    assert [config.num_shared(neurons) for neurons in (8, 9, 80, 81)] == [0, 1, 3, 3]
+    assert SparsifyConfig(shared_experts=0.01).num_shared(80) == 0
+    assert SparsifyConfig(shared_experts=3).num_shared(80) == 3
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_refusals_leave_the_model_dense() -> None:
     with pytest.raises(ValueError, match="shared_experts=-1 must not be negative"):
         SparsifyConfig(shared_experts=-1)
+    with pytest.raises(ValueError, match=r"shared_experts=1.5 is no whole number, and no share below 1"):
+        SparsifyConfig(shared_experts=1.5)
     model, inputs = ARCHITECTURES["llama"]()
     with pytest.raises(ValueError, match=r"shared_experts=500 leaves no expert to choose: model.layers.0.mlp has"):
         sparsify(model, config=SparsifyConfig(expert_size=8, shared_experts=500), calibration=inputs, progress=False)

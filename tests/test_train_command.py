@@ -19,11 +19,11 @@ from torch_prunepath import cli, record_sparsity, sparse_layers, sparsify
 from torch_prunepath.models import SMOLLM2, cache_folder
 from torch_prunepath.rules import held_rule
 from torch_prunepath.train import TrainConfig, job, recipes
-from torch_prunepath.train.plan import EXPERTS
 from torch_prunepath.train.stages import Later
 
 Run = Callable[..., tuple[int, str, str]]
-FAST = ["--steps", 12, "--batch", 4, "--context", 32, "--lr", "3e-3", "--router-lr", "1e-2", "--expert-size", 4]
+FAST = ["--steps", 12, "--batch", 4, "--context", 32, "--lr", "3e-3", "--router-lr", "1e-2", "--distil", 0]
+FAST += ["--expert-size", 4]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,33 @@ def test_for_people_and_without_a_text_to_measure_on(run: Run, tiny: Path, text:
     assert not [name for name in card if "perplexity" in name]
 
 
+def test_ours_learns_from_the_dense_model_unless_asked_not_to(run: Run, tiny: Path, text: Path) -> None:
+    rest = ["--text", text, "--steps", 2, "--batch", 2, "--context", 32]
+    code, out, _ = run(tiny, *rest, "-o", "first", "--expert-size", 4, "--shared-experts", 0.1)
+    assert code == 0 and f"distilled from {tiny} (weight 1)" in out
+    results = json.loads(Path("first/training.json").read_text())
+    assert results["config"]["distill_logits"] == 1.0 and results["teacher"] == str(tiny)
+    layers = sparse_layers(AutoModelForCausalLM.from_pretrained("first")).values()
+    assert all(layer.experts.shared == round(0.1 * layer.num_experts) > 0 for layer in layers)
+    for number, (start, flags, weight) in enumerate(
+        [
+            (tiny, ["--expert-size", 4, "--distil", 0], 0.0),
+            (tiny, ["--expert-size", 4, "--distil", 0.5, "--recipe", "held"], 0.5),
+            (tiny, ["--expert-size", 4, "--routers-only"], 0.0),
+            (tiny, ["--expert-size", 4, "--recipe", "paper"], 0.0),
+            ("first", [], 0.0),
+            ("first", ["--teacher", tiny], 1.0),
+        ]
+    ):
+        code, out, _ = run(start, *rest, "-o", f"out{number}", *flags, "--json")
+        assert code == 0
+        results = json.loads(out)
+        assert results["config"]["distill_logits"] == weight
+        assert results["teacher"] == (str(tiny) if weight else None)
+    refused(run(tiny, *rest, "-o", "out", "--teacher", tiny, "--distil", 0), "--teacher is only for --distil")
+    refused(run(tiny, *rest, "-o", "out", "--set", "distill_logits=2"), "give --distil WEIGHT in place of --set")
+
+
 def test_compiled_blocks_train_the_same(run: Run, tiny: Path, text: Path) -> None:
     flags = [tiny, "--text", text, *FAST, "--json", "-o"]
     eager, compiled = (
@@ -148,7 +175,7 @@ def test_the_paper_recipe_has_its_experts_and_stages(run: Run, tiny: Path, text:
     code, out, _ = run(tiny, "--text", text, "-o", "out", *flags)
     assert code == 0
     results = json.loads(out)
-    expected = {**vars(EXPERTS["paper"]), "partition": "contiguous"}
+    expected = {**vars(recipes.EXPERTS["paper"]), "partition": "contiguous"}
     assert results["experts"] == expected and expected["gate"] == "sigmoid"
     passes = -(-results["data"]["tokens"] // (16 * 32))
     assert results["steps"] == 2 * passes
@@ -251,11 +278,15 @@ def test_weights_keep_the_dtype_of_the_model(run: Run, text: Path, tmp_path: Pat
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError], ids=["interrupted", "failed"])
+@pytest.mark.parametrize(
+    ("stop", "distil"),
+    [(KeyboardInterrupt, ["--distil"]), (MemoryError, ["--recipe", "ours"])],
+    ids=["interrupted", "failed"],
+)
 def test_an_unfinished_run_goes_on_to_the_same_result(
-    run: Run, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+    run: Run, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException], distil: list[str]
 ) -> None:
-    flags = ["--text", text, "--eval-text", text, *FAST, "--distil", "--save-every", 3, "--json"]
+    flags = ["--text", text, "--eval-text", text, *FAST, *distil, "--save-every", 3, "--json"]
     _, whole, _ = run(tiny, "-o", "whole", *flags)
     real = job.train
 
@@ -339,7 +370,7 @@ def test_without_the_package_datasets(run: Run, tiny: Path, monkeypatch: pytest.
         (["--set", "entropy"], "write --set entropy=VALUE"),
         (["--set", "distill_logits=1"], "give --distil"),
         (["--expert-size", "0"], "expert_size=0 must be at least 1"),
-        (["--teacher", "m"], "--teacher is only for --distil"),
+        (["--recipe", "paper", "--teacher", "m"], "--teacher is only for --distil"),
         (["--device", "tpu"], "--device tpu: this machine has none"),
         (["--eval-text", "missing"], "cannot read missing"),
         (["--resume"], "there is no unfinished run"),

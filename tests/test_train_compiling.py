@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from torch_prunepath import SparsifyConfig, sparse_layers, sparsify
 from torch_prunepath.train import TrainConfig, compiled_blocks, hold, ramp, train
-from torch_prunepath.train.compiling import blocks
+from torch_prunepath.train.compiling import blocks, without_recording
 
 CONFIG = SparsifyConfig(expert_size=4, partition="random", router="centroid", budget="uniform")
 LOSSES: dict[str, Any] = {"entropy": 0.1, "load_balance": 0.1, "lte_separation": 1e-4, "contribution_fit": 1.0}
@@ -176,13 +176,28 @@ def test_inductor_trains() -> None:
         assert one == pytest.approx(other, rel=1e-2)
 
 
+def test_a_teacher_records_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block's replay would write over what the block before it answered."""
+    assert [without_recording(how) for how in (False, True, "default", BACKEND)] == [False, True, "default", BACKEND]
+    assert without_recording("max-autotune") == "max-autotune-no-cudagraphs"
+    modes = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: modes.append((module, options)))
+    model, teacher = sparse("llama"), ARCHITECTURES["llama"]()[0]
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    trained(model, dataclasses.replace(RECIPE, steps=1, distill_logits=1.0), teacher=teacher, compile="reduce-overhead")
+    expected = [(block, {"mode": "reduce-overhead"}) for block in blocks(model)]
+    assert modes == [*expected, *((block, {"mode": "default"}) for block in blocks(teacher))]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("distil", [0.0, 1.0])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_recorded_as_cuda_graphs(accumulation: int) -> None:
-    """Gradients that are added up outlive the graphs that gave them."""
+def test_recorded_as_cuda_graphs(accumulation: int, distil: float) -> None:
+    """Gradients that are added up outlive the graphs that gave them; so do a teacher's outputs."""
     model = sparse("llama").cuda()
-    config = dataclasses.replace(RECIPE, steps=12, accumulation=accumulation)
-    expected, _ = trained(copy.deepcopy(model), config)
-    found, _ = trained(model, config, compile="reduce-overhead")
+    config = dataclasses.replace(RECIPE, steps=12, accumulation=accumulation, distill_logits=distil)
+    teacher = ARCHITECTURES["llama"]()[0].cuda() if distil else None
+    expected, _ = trained(copy.deepcopy(model), config, teacher=teacher)
+    found, _ = trained(model, config, teacher=teacher, compile="reduce-overhead")
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=2e-2, abs=1e-6)

@@ -95,6 +95,7 @@ class SparsifyConfig:
             does not decide how sure the router is of it. Nothing is learnt for it.
         shared_experts: the first k experts of each layer, always active and with gate 1; the router chooses among the
             others (DeepSeekMoE, arXiv 2401.06066). They hold the neurons that contribute most on calibration data.
+            Below 1 it is a share of each layer's experts, rounded: 0.05 of 192 is 10.
         rule: ``"reach"``: the smallest top-ranked set whose mass reaches tau; ``"below"``: the set whose mass stays
             below tau, and the top expert (the rule of the PrunePath authors' released code).
         gate: weight of an active expert's output: ``"one"``, or ``"sigmoid"`` of its score (arXiv 2605.28283).
@@ -109,7 +110,7 @@ class SparsifyConfig:
     partition: Partition = "coactivation"
     router: RouterInit = "fitted"
     router_norm: bool = False
-    shared_experts: int = 0
+    shared_experts: int | float = 0
     rule: Rule = "reach"
     gate: Gate = "one"
     gate_offset: float = 0.0
@@ -129,6 +130,8 @@ class SparsifyConfig:
             raise ValueError(f"expert_size={self.expert_size} must be at least 1")
         if self.shared_experts < 0:
             raise ValueError(f"shared_experts={self.shared_experts} must not be negative: 0 is none")
+        if self.shared_experts >= 1 and not isinstance(self.shared_experts, int):
+            raise ValueError(f"shared_experts={self.shared_experts} is no whole number, and no share below 1")
         if self.calibration_tokens < 1:
             raise ValueError(f"calibration_tokens={self.calibration_tokens} must be at least 1")
         if self.gate == "one" and self.gate_offset != 0.0:
@@ -139,6 +142,12 @@ class SparsifyConfig:
         """Whether any choice needs calibration data."""
         choices = self.partition == "coactivation", self.router == "fitted", self.budget == "sensitivity"
         return any(choices) or self.shared_experts > 0
+
+    def num_shared(self, ffn_size: int) -> int:
+        """Shared experts of a layer with so many neurons."""
+        if isinstance(self.shared_experts, int):
+            return self.shared_experts
+        return round(self.shared_experts * num_experts(ffn_size, self.expert_size))
 
 
 def num_experts(ffn_size: int, expert_size: int) -> int:

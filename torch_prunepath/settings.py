@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
-_KINDS = {
+
+def number(text: str) -> int | float:
+    """``"10"`` or ``"0.05"`` as the number that it is."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+_KINDS: dict[str, type | Callable[[str], Any]] = {
     "expert_size": int,
     "partition": str,
     "router": str,
     "router_norm": bool,
-    "shared_experts": int,
+    "shared_experts": number,
     "rule": str,
     "gate": str,
     "gate_offset": float,

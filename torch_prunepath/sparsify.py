@@ -132,7 +132,7 @@ def _refuse(model: nn.Module) -> None:
 def _refuse_all_shared(views: Sequence[FFNView], config: SparsifyConfig) -> None:
     for view in views:
         experts = num_experts(view.spec.ffn_size, config.expert_size)
-        if config.shared_experts >= experts:
+        if config.num_shared(view.spec.ffn_size) >= experts:
             raise ValueError(
                 f"shared_experts={config.shared_experts} leaves no expert to choose: {view.site} has {experts} of "
                 f"{config.expert_size} neurons; share fewer, or make experts smaller"
@@ -202,20 +202,21 @@ def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig, fish
         assert x_ND is not None and h_NF is not None
         some = slice(None, None, -(-x_ND.shape[0] // CURVE_TOKENS))
         h_NF, scores_NE = h_NF[some][:, order_F], router(x_ND[some])
-        rows_FD = view.down_FD[order_F]
-        curve = cost_curve(h_NF, rows_FD, scores_NE, fisher_DD, size, config.rule, config.shared_experts)
+        rows_FD, shared = view.down_FD[order_F], config.num_shared(view.spec.ffn_size)
+        curve = cost_curve(h_NF, rows_FD, scores_NE, fisher_DD, size, config.rule, shared)
     return _LayerPlan(order_F, router, curve)
 
 
 def _order(view: FFNView, h_NF: Tensor | None, config: SparsifyConfig) -> Tensor:
     """The permutation that forms the experts, shared ones first."""
     contributions = first_N = None
-    if h_NF is not None and (config.partition == "coactivation" or config.shared_experts):
+    shared = config.num_shared(view.spec.ffn_size)
+    if h_NF is not None and (config.partition == "coactivation" or shared):
         sample_TF = h_NF[:: -(-h_NF.shape[0] // PARTITION_TOKENS)].float()
         contributions = sample_TF.abs() * view.down_FD.float().norm(dim=-1)
-    if config.shared_experts:
+    if shared:
         assert contributions is not None
-        first_N = largest_contributions(contributions, config.shared_experts * config.expert_size)
+        first_N = largest_contributions(contributions, shared * config.expert_size)
     return partition(config.partition, view, contributions, config.expert_size, config.seed, first_N=first_N)
 
 
@@ -228,7 +229,8 @@ def _start_router(
     if config.router == "zero":
         return view.up_FD.new_zeros(num_experts(view.spec.ffn_size, size), view.spec.hidden_size), None
     assert x_ND is not None and h_NF is not None
-    return _fit(x_ND, h_NF[:, order_F], view.down_FD[order_F], size, config.router_norm, config.shared_experts)
+    shared = config.num_shared(view.spec.ffn_size)
+    return _fit(x_ND, h_NF[:, order_F], view.down_FD[order_F], size, config.router_norm, shared)
 
 
 def _fit(
@@ -248,7 +250,7 @@ def _apply(
     budgets: dict[str, float],
 ) -> None:
     """Convert layer by layer; needs the memory of one more layer. Undoes everything if it cannot finish."""
-    experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset, config.shared_experts)
+    experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset)
     done: list[tuple[FFNView, Tensor]] = []
     originals: list[tuple[Tensor, Tensor]] = []
     try:
@@ -256,7 +258,8 @@ def _apply(
             plan, budget = plans[view.site], budgets[view.site]
             originals = [(parameter, parameter.data) for parameter in view.parameters()]
             view.permute_(plan.order_F)
-            make_routed(view, experts, plan.router, plan.order_F, layer_tau(tau, budget), budget)
+            own = dataclasses.replace(experts, shared=config.num_shared(view.spec.ffn_size))
+            make_routed(view, own, plan.router, plan.order_F, layer_tau(tau, budget), budget)
             done.append((view, plan.order_F))
     except BaseException:
         for view in views:

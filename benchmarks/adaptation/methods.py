@@ -149,7 +149,7 @@ def _sparsified(job: Job, base: SparsifyConfig) -> Any:
 
 def _ours(job: Job) -> Adapted:
     config = _stage(job, recipes.ours(job.steps, **job.run.pick(["low", "high"])))
-    model = _sparsified(job, SparsifyConfig())
+    model = _sparsified(job, recipes.EXPERTS["ours"])
     job.train(model, config)
     return Adapted(model, _tau_knob(job, model))
 
@@ -157,7 +157,7 @@ def _ours(job: Job) -> Adapted:
 def _held(job: Job) -> Adapted:
     assert job.run.sparsity is not None
     config = _stage(job, recipes.held(job.steps, job.run.sparsity))
-    model = _sparsified(job, SparsifyConfig())
+    model = _sparsified(job, recipes.EXPERTS["held"])
     job.train(model, config)
     return Adapted(model, _tau_knob(job, model))
 

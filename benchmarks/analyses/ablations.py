@@ -24,7 +24,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "gate-sigmoid-open-rule-below": {"gate": "sigmoid", "gate_offset": OPEN, "rule": "below"},
         "budget-uniform": {"budget": "uniform"},
         "router-norm": {"router_norm": True},
-        "shared-4": {"shared_experts": 4},
+        "no-shared": {"shared_experts": 0},
         "fit-into-trunk": {"fit_detached": False},
         "fit-and-entropy": {"entropy": 3e-4},
         "fit-and-load-balance": {"load_balance": 1e-3},

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.common.store import Cache
 from torch_prunepath import SparsifyConfig
 from torch_prunepath.bench.decode import release
-from torch_prunepath.train import TrainConfig
+from torch_prunepath.train import TrainConfig, recipes
 from torch_prunepath.train.compiling import RECORDING_MODES
 
 EXPERTS = {f.name for f in dataclasses.fields(SparsifyConfig)} - {"seed"}
@@ -97,7 +97,7 @@ class Work:
     def experts(self) -> SparsifyConfig:
         """How ours makes the model sparse."""
         changes = {name: value for name, value in self.fields.items() if name in EXPERTS}
-        return SparsifyConfig(seed=self.seed, **changes)
+        return dataclasses.replace(recipes.EXPERTS["ours"], seed=self.seed, **changes)
 
     def of(self, *names: str) -> dict[str, Any]:
         """These of the settings, where they are given."""

@@ -55,7 +55,13 @@ def _add_training(group: Any) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="fields", help="of the recipe or TrainConfig"
     )
     group.add_argument(
-        "--distil", type=float, nargs="?", const=1.0, metavar="WEIGHT", help="learn from the dense model (weight: 1)"
+        "--distil",
+        type=float,
+        nargs="?",
+        const=1.0,
+        metavar="WEIGHT",
+        help="learn from the dense model too, which takes more time and memory; 0: do not (default: 1 for ours and "
+        "held if MODEL is dense, else 0)",
     )
     group.add_argument("--teacher", metavar="MODEL", help="the dense model for --distil, where it is not MODEL")
     group.add_argument("--routers-only", action="store_true", help="leave all weights but the routers' as they are")

@@ -121,6 +121,7 @@ class Kept:
     Attributes:
         data: fingerprint of the batches.
         dtype: that the checkpoint's weights will have, without ``torch.``.
+        distil: weight of the distillation.
         rows: what was measured before training.
         history: records of the steps so far.
         stage: the state's, counted from 0.
@@ -128,6 +129,7 @@ class Kept:
 
     data: str
     dtype: str
+    distil: float
     rows: list[dict[str, Any]]
     history: list[Record]
     stage: int = 0
@@ -146,11 +148,12 @@ class _Session:
         self.window_NC = train_windows(text, self.tokenizer, context)
         self.eval_NC = self._eval_windows(context)
         self.batches = Batches(self.window_NC, options.batch, options.seed)
-        self.stages = options.stages(len(self.batches))
-        self.teacher = self._teacher()
-        self.kept = Kept(self.batches.fingerprint(), str(self.model.dtype).removeprefix("torch."), [], [])
+        distil = options.distillation(dense=not self.sparse or options.teacher is not None)
+        self.kept = Kept(self.batches.fingerprint(), str(self.model.dtype).removeprefix("torch."), distil, [], [])
         if saved is not None:
             self._restore(saved)
+        self.stages = options.stages(len(self.batches), self.kept.distil)
+        self.teacher = self._teacher()
         with as_user_error(RuntimeError):
             self.model.to(options.device)
 
@@ -162,7 +165,7 @@ class _Session:
 
     def _teacher(self) -> Any:
         options = self.options
-        if options.distil is None:
+        if not self.kept.distil:
             return None
         teacher, _ = load_model(options.teacher or options.model)
         if any(isinstance(module, RoutedExperts) for module in teacher.modules()):
@@ -178,6 +181,8 @@ class _Session:
             raise UserError(
                 "the unfinished run had other data (text, --context, --batch or --seed): give the same, or start anew"
             )
+        if self.options.distil is not None:
+            kept.distil = self.options.distil  # another one is refused with the state
         self.kept = kept
 
     def bytes_needed(self) -> int:
@@ -206,6 +211,7 @@ class _Session:
         return {
             "model": report.model(options.model, self.model),
             "recipe": options.recipe,
+            "teacher": (options.teacher or options.model) if self.kept.distil else None,
             "config": self.stages[-1].to_dict(),
             "stages": [config.to_dict() for config in self.stages],
             "experts": None if made is None else asdict(made.config),
@@ -284,6 +290,11 @@ class _Session:
         return {"sparsity": self.record.sparsity, "perplexity": found}
 
 
+def _distilled(results: Mapping[str, Any]) -> str:
+    weight = results["config"]["distill_logits"]
+    return f", distilled from {results['teacher']} (weight {weight:g})" if weight else ""
+
+
 def _on_card(results: Mapping[str, Any]) -> dict[str, str]:
     """What the model card tells besides the sparsity of each layer."""
     rows = {row["name"]: row for row in results["rows"] if "perplexity" in row}
@@ -298,7 +309,7 @@ def render(results: Mapping[str, Any]) -> str:
     lines = [
         f"model       {model['name']} ({model['parameters'] / 1e6:.1f} M parameters, {model['dtype']})",
         f"data        {data['name']} ({data['tokens']} tokens, context {data['context']})",
-        f"recipe      {results['recipe']}, {results['steps']} steps on {results['device']}",
+        f"recipe      {results['recipe']}, {results['steps']} steps on {results['device']}{_distilled(results)}",
         f"versions    {versions}",
         f"last step   loss {last['loss']:.4g}, sparsity {last['sparsity']:.1%}, tau {last['tau']:.4g}",
     ]

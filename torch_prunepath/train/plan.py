@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,17 +18,10 @@ from torch_prunepath.errors import UserError, as_user_error
 from torch_prunepath.train.compiling import check_how
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.material import Source
-from torch_prunepath.train.recipes import LTE_RECIPE, RECIPES
+from torch_prunepath.train.recipes import EXPERTS, LTE_RECIPE, RECIPES
 
-EXPERTS: Mapping[str, SparsifyConfig] = MappingProxyType(
-    {
-        "paper": SparsifyConfig(
-            expert_size=32, partition="kmeans", router="zero", rule="below", gate="sigmoid", budget="uniform"
-        ),
-        LTE_RECIPE: SparsifyConfig(expert_size=32, partition="kmeans", router="zero", budget="uniform"),
-    }
-)
-"""How a dense model is made sparse for a recipe; one that is not named goes with the default ``SparsifyConfig()``."""
+DISTILLED = ("ours", "held")
+"""Recipes that learn from the dense model unless they are asked not to."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Options:
         accumulation: batches a step.
         context: tokens a window.
         fields: of the recipe or of :class:`TrainConfig`, in place of the recipe's own, as ``NAME=VALUE``.
-        distil: weight of the distillation from the dense model; None: without.
+        distil: weight of the distillation from the dense model; None: see :meth:`distillation`.
         teacher: the dense model, where it is not ``model``.
         routers_only: leave all other weights as they are.
         bf16: compute in bfloat16 autocast.
@@ -114,7 +106,8 @@ class Options:
             raise UserError(f"--context {self.context} leaves nothing to predict: give at least 2")
         if not _is_there(self.device):
             raise UserError(f"--device {self.device}: this machine has none: leave it out, or give cpu")
-        if self.teacher is not None and self.distil is None:
+        distil = self.distillation(dense=True)
+        if self.teacher is not None and not distil:
             raise UserError("--teacher is only for --distil: give both, or none")
         self.source.check()
         if self.eval_text is not None:
@@ -122,7 +115,7 @@ class Options:
         if self.recipe == LTE_RECIPE:
             self._check_lte()
         self.experts()
-        self.stages(batches=1000)
+        self.stages(1000, distil)
 
     def _check_lte(self) -> None:
         fixed = next((name for name in self.settings if name != "expert_size"), None)
@@ -138,14 +131,25 @@ class Options:
             UserError: if a setting is refused.
         """
         with as_user_error(ValueError):
-            base = dataclasses.replace(EXPERTS.get(self.recipe, SparsifyConfig()), seed=self.seed)
+            base = dataclasses.replace(EXPERTS[self.recipe], seed=self.seed)
             return dataclasses.replace(base, **self.settings)
 
-    def stages(self, batches: int) -> tuple[TrainConfig, ...]:
+    def distillation(self, dense: bool) -> float:
+        """Weight of the distillation: as asked, or 1 where a recipe of ours trains all weights.
+
+        Args:
+            dense: whether the dense model is at hand: MODEL is dense, or there is a teacher.
+        """
+        if self.distil is not None:
+            return self.distil
+        return 1.0 if dense and self.recipe in DISTILLED and not self.routers_only else 0.0
+
+    def stages(self, batches: int, distil: float) -> tuple[TrainConfig, ...]:
         """How it is trained, stage after stage.
 
         Args:
             batches: of one pass over the data.
+            distil: weight of the distillation.
 
         Raises:
             UserError: if a field is not known or a value is refused.
@@ -153,6 +157,8 @@ class Options:
         recipe = RECIPES[self.recipe]
         parameters = inspect.signature(recipe).parameters
         fields = dict(_parse(field) for field in self.fields)
+        if not fields.keys().isdisjoint(("distil", "distill_logits")):
+            raise UserError("distillation needs the dense model: give --distil WEIGHT in place of --set")
         steps = self._steps(batches)
         known = {"steps": steps, "epochs": self.epochs or 1.0, "sparsity": self.target_sparsity}
         given = {name: value for name, value in (known | fields).items() if name in parameters}
@@ -167,16 +173,14 @@ class Options:
         changes |= {"seed": self.seed, "autocast": self.bf16, "accumulation": self.accumulation}
         if self.routers_only:
             changes["train"] = "routers"
-        if self.distil is not None:
-            changes["distill_logits"] = self.distil
+        if distil:
+            changes["distill_logits"] = distil
         with as_user_error(ValueError, TypeError):
             made = recipe(**given)
             stages = made if isinstance(made, tuple) else (made,)
             if stages[0].steps is None and (self.steps or self.tokens):
                 changes |= {"steps": steps, "epochs": None}
             stages = tuple(dataclasses.replace(config, **changes) for config in stages)
-        if stages[0].distill_logits and self.distil is None:
-            raise UserError("distill_logits needs the dense model: give --distil WEIGHT in place of --set")
         return stages
 
     def _steps(self, batches: int) -> int:

@@ -1,7 +1,7 @@
 """Named training configurations. Each returns a :class:`TrainConfig`; change fields with ``dataclasses.replace``.
 
 What is decided when the model is made sparse (experts, router initialisation, gate) belongs to
-:class:`torch_prunepath.SparsifyConfig`; each docstring says what its recipe goes with.
+:class:`torch_prunepath.SparsifyConfig`; ``EXPERTS`` has what each recipe goes with.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.schedule import all_experts, draw, fixed_tau, hold, ramp
 
@@ -17,9 +18,8 @@ from torch_prunepath.train.schedule import all_experts, draw, fixed_tau, hold, r
 def paper(epochs: float = 1.0, tau: float = 0.95) -> TrainConfig:
     """PrunePath (arXiv 2605.28283) as its released code trains: task loss, entropy and load balance; tau is not held.
 
-    Two stages of ``epochs`` each: every expert active, then ``tau`` (released: 0.95 or 0.5). Goes with
-    ``SparsifyConfig(expert_size=32, partition="kmeans", router="zero", rule="below", gate="sigmoid",
-    budget="uniform")``. Warm-up and decay of the learning rate are this library's defaults.
+    Two stages of ``epochs`` each: every expert active, then ``tau`` (released: 0.95 or 0.5). Warm-up and decay of the
+    learning rate are this library's defaults.
     """
     return TrainConfig(
         epochs=2 * epochs,
@@ -32,13 +32,13 @@ def paper(epochs: float = 1.0, tau: float = 0.95) -> TrainConfig:
     )
 
 
-def ours(steps: int, low: float = 0.5, high: float = 0.9, distil: float = 0.0) -> TrainConfig:
+def ours(steps: int, low: float = 0.5, high: float = 0.95, distil: float = 0.0) -> TrainConfig:
     """One checkpoint for every sparsity from ``low`` to ``high``: the target is drawn for each step and held.
 
     The first twentieth of the steps goes from every expert to the middle of the range: slower ramps cost quality.
-    Routers follow what their experts contribute (``contribution_fit``), as the weights change; with ``distil`` (needs a
-    teacher) the dense model's logits are a target besides the task: what the text does not teach is forgotten less.
-    Goes with the default ``SparsifyConfig()``; measured in ``benchmarks/results/adaptation-h200.md``.
+    Routers follow what their experts contribute (``contribution_fit``), as the weights change. With ``distil=1``, which
+    needs a teacher, the dense model's logits are a target besides the task: worth 2 to 6% of perplexity. Goes with
+    ``EXPERTS["ours"]``; measured in ``benchmarks/results/adaptation-h200.md``.
     """
     return TrainConfig(
         steps=steps,
@@ -92,6 +92,19 @@ def lte_stages(
 
 
 LTE_RECIPE = "lte"
+ALWAYS_ACTIVE = 0.05
+"""Share of the experts that ours and held keep active for every token: half of those that 90% sparsity leaves."""
+EXPERTS: Mapping[str, SparsifyConfig] = MappingProxyType(
+    {
+        "ours": SparsifyConfig(shared_experts=ALWAYS_ACTIVE),
+        "held": SparsifyConfig(shared_experts=ALWAYS_ACTIVE),
+        "paper": SparsifyConfig(
+            expert_size=32, partition="kmeans", router="zero", rule="below", gate="sigmoid", budget="uniform"
+        ),
+        LTE_RECIPE: SparsifyConfig(expert_size=32, partition="kmeans", router="zero", budget="uniform"),
+    }
+)
+"""How a dense model is made sparse for a recipe, by its name."""
 RECIPES: Mapping[str, Callable[..., TrainConfig | tuple[TrainConfig, ...]]] = MappingProxyType(
     {"paper": paper, "ours": ours, "held": held, LTE_RECIPE: lte_stages}
 )
