@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,16 @@ import torch
 from architectures import ARCHITECTURES
 from torch import Tensor, nn
 
-from torch_prunepath import SparsifyConfig, fit_routers, load, register_routing_hook, set_tau, sparse_layers, sparsify
+from torch_prunepath import (
+    SparsifyConfig,
+    fit_routers,
+    load,
+    planning,
+    register_routing_hook,
+    set_tau,
+    sparse_layers,
+    sparsify,
+)
 from torch_prunepath.checkpoint import read_info
 from torch_prunepath.cli import _parser
 from torch_prunepath.rms import EPSILON, inverse_rms, normalised
@@ -77,7 +85,7 @@ def test_routers_are_fitted_to_normalised_inputs(monkeypatch: pytest.MonkeyPatch
         seen.append(x_ND)
         return fit_router(x_ND, shares_NE)
 
-    monkeypatch.setattr(sys.modules["torch_prunepath.sparsify"], "fit_router", watched)
+    monkeypatch.setattr(planning, "fit_router", watched)
     model, inputs = sparse()
     fit_routers(model, inputs, progress=False)
     assert len(seen) == 2 * len(sparse_layers(model))

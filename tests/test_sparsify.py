@@ -163,7 +163,7 @@ def test_failing_half_way_leaves_the_model_as_it_was(
 
         return wrapped
 
-    from torch_prunepath import calibrate
+    from torch_prunepath import calibrate, planning
     from torch_prunepath.ffn import FFNView
 
     if where == "make_routed":
@@ -171,11 +171,11 @@ def test_failing_half_way_leaves_the_model_as_it_was(
     elif where == "permute":
         monkeypatch.setattr(FFNView, "permute_", failing(FFNView.permute_, 2))
     elif where == "plan":
-        monkeypatch.setattr(module, "partition", failing(module.partition, 2))
+        monkeypatch.setattr(planning, "partition", failing(planning.partition, 2))
     elif where == "budget":
         monkeypatch.setattr(calibrate.PaddingTracker, "keep", failing(calibrate.PaddingTracker.keep, 2))
     else:
-        monkeypatch.setattr(module, "fit_router", failing(module.fit_router, 2))
+        monkeypatch.setattr(planning, "fit_router", failing(planning.fit_router, 2))
     with pytest.raises(error, match="stop"):
         sparsify(model, calibration=inputs, progress=False)
     assert_same(before, snapshot(model))

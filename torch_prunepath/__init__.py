@@ -12,7 +12,8 @@ from torch_prunepath.checkpoint import load
 from torch_prunepath.config import FFNSpec, SparsifyConfig
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.layer import Routing
-from torch_prunepath.sparsify import densify, fit_routers, sparsify
+from torch_prunepath.refit import fit_routers
+from torch_prunepath.sparsify import densify, sparsify
 from torch_prunepath.sparsity import record_sparsity, register_routing_hook, set_sparsity, set_tau, sparse_layers
 
 __version__ = "0.1.0"

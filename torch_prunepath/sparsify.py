@@ -1,7 +1,7 @@
 """The front door: a dense model becomes a sparse one, in place, and back.
 
-Everything is decided first, on the untouched model (:func:`_plan`), and then applied layer by layer (:func:`_apply`),
-so that what fails or is interrupted leaves the model as it was.
+Everything is decided first, on the untouched model (:mod:`torch_prunepath.planning`), and then applied layer by layer
+(:func:`_apply`), so that what fails or is interrupted leaves the model as it was.
 
 Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
 """
@@ -11,44 +11,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from torch_prunepath.budget import CURVE_TOKENS, Curve, allocate, cost_curve, fisher_information
-from torch_prunepath.calibrate import visit_inputs
+from torch_prunepath.budget import allocate
 from torch_prunepath.config import SparsifyConfig, check_tau, num_experts
 from torch_prunepath.data import Inputs, as_inputs, can_sample, sample_text
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.ffn import FFNView
-from torch_prunepath.layer import ExpertsSpec, RoutedExperts, is_sparse
-from torch_prunepath.manifest import attach, attached, describe
-from torch_prunepath.partition import largest_contributions, partition
-from torch_prunepath.rms import normalised
-from torch_prunepath.router import Router, centroid_init, contribution_shares, fit_router
-from torch_prunepath.sparsity import layer_tau, register_routing_hook, sparse_layers
+from torch_prunepath.layer import ExpertsSpec, is_sparse
+from torch_prunepath.manifest import attach, describe
+from torch_prunepath.planning import LayerPlan, plan_layers
+from torch_prunepath.sparsity import layer_tau, sparse_layers
 from torch_prunepath.swap import make_dense, make_routed
 from torch_prunepath.wrapped import refuse_wrapped, refuse_wrapper, spec_here
 
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-PARTITION_TOKENS = 4096
-"""Tokens whose activations decide which neurons form an expert, at most."""
-
 FEWEST_TOKENS = 8
 """With fewer tokens for calibration, something was forgotten."""
-
-
-@dataclass(frozen=True)
-class _LayerPlan:
-    order_F: Tensor
-    router: Router
-    curve: Curve | None
 
 
 def sparsify(
@@ -107,7 +90,7 @@ def sparsify(
         config, inputs = _calibration(model, config, calibration, tokenizer, progress)
     elif calibration is not None:
         raise ValueError(f"calibration is given, but nothing in {config} uses it: leave it out, or change the config")
-    plans = _plan(model, views, config, inputs, progress)
+    plans = plan_layers(model, views, config, inputs, progress)
     curves = {site: plan.curve for site, plan in plans.items() if plan.curve is not None}
     budgets = allocate(curves) if curves else {view.site: 1.0 for view in views}
     _apply(views, plans, config, tau, budgets)
@@ -165,86 +148,9 @@ def _calibration(
     return config, inputs
 
 
-def _plan(
-    model: nn.Module, views: Sequence[FFNView], config: SparsifyConfig, inputs: Inputs | None, progress: bool
-) -> dict[str, _LayerPlan]:
-    """Decide every layer's permutation and router; the model is only read."""
-    plans: dict[str, _LayerPlan] = {}
-    fisher: dict[str, Tensor] = {}
-    if config.budget == "sensitivity":
-        assert inputs is not None
-        fisher = fisher_information(model, views, inputs, seed=config.seed, progress=progress)
-    with tqdm(total=len(views), desc="building experts", unit="layer", disable=not progress) as bar:
-
-        def plan(view: FFNView, x_ND: Tensor | None) -> None:
-            plans[view.site] = _plan_layer(view, x_ND, config, fisher.pop(view.site, None))
-            bar.update()
-
-        if inputs is None:
-            for view in views:
-                plan(view, None)
-        else:
-            visit_inputs(model, views, inputs, plan)
-    return plans
-
-
-@torch.no_grad()
-def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig, fisher_DD: Tensor | None) -> _LayerPlan:
-    size = config.expert_size
-    h_NF = None if x_ND is None else view.hidden(x_ND)
-    order_F = _order(view, h_NF, config).to(view.down_FD.device)
-    weight_ED, bias_E = _start_router(view, order_F, x_ND, h_NF, config)
-    dtype = view.down_FD.dtype
-    bias_E = None if bias_E is None else bias_E.to(dtype)
-    router = Router.of(weight_ED.to(dtype), bias_E, normalise=config.router_norm)
-    curve = None
-    if fisher_DD is not None:
-        assert x_ND is not None and h_NF is not None
-        some = slice(None, None, -(-x_ND.shape[0] // CURVE_TOKENS))
-        h_NF, scores_NE = h_NF[some][:, order_F], router(x_ND[some])
-        rows_FD, shared = view.down_FD[order_F], config.num_shared(view.spec.ffn_size)
-        curve = cost_curve(h_NF, rows_FD, scores_NE, fisher_DD, size, config.rule, shared)
-    return _LayerPlan(order_F, router, curve)
-
-
-def _order(view: FFNView, h_NF: Tensor | None, config: SparsifyConfig) -> Tensor:
-    """The permutation that forms the experts, shared ones first."""
-    contributions = first_N = None
-    shared = config.num_shared(view.spec.ffn_size)
-    if h_NF is not None and (config.partition == "coactivation" or shared):
-        sample_TF = h_NF[:: -(-h_NF.shape[0] // PARTITION_TOKENS)].float()
-        contributions = sample_TF.abs() * view.down_FD.float().norm(dim=-1)
-    if shared:
-        assert contributions is not None
-        first_N = largest_contributions(contributions, shared * config.expert_size)
-    return partition(config.partition, view, contributions, config.expert_size, config.seed, first_N=first_N)
-
-
-def _start_router(
-    view: FFNView, order_F: Tensor, x_ND: Tensor | None, h_NF: Tensor | None, config: SparsifyConfig
-) -> tuple[Tensor, Tensor | None]:
-    size = config.expert_size
-    if config.router == "centroid":
-        return centroid_init(view, order_F, size), None
-    if config.router == "zero":
-        return view.up_FD.new_zeros(num_experts(view.spec.ffn_size, size), view.spec.hidden_size), None
-    assert x_ND is not None and h_NF is not None
-    shared = config.num_shared(view.spec.ffn_size)
-    return _fit(x_ND, h_NF[:, order_F], view.down_FD[order_F], size, config.router_norm, shared)
-
-
-def _fit(
-    x_ND: Tensor, h_NF: Tensor, down_FD: Tensor, expert_size: int, normalise: bool, shared: int
-) -> tuple[Tensor, Tensor]:
-    """A router fitted to what each expert contributes; shared ones take no part, and their scores are 0."""
-    shares_NE = contribution_shares(h_NF, down_FD, expert_size, shared)
-    weight_ED, bias_E = fit_router(normalised(x_ND) if normalise else x_ND, shares_NE)
-    return nnf.pad(weight_ED, (0, 0, shared, 0)), nnf.pad(bias_E, (shared, 0))
-
-
 def _apply(
     views: Sequence[FFNView],
-    plans: dict[str, _LayerPlan],
+    plans: dict[str, LayerPlan],
     config: SparsifyConfig,
     tau: float,
     budgets: dict[str, float],
@@ -297,50 +203,3 @@ def densify(model: ModelT) -> ModelT:
         view.unpermute_(order_F)
     attach(model, None)
     return model
-
-
-def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress: bool = True) -> ModelT:
-    """Fit the routers of a sparse model anew, in place, to what its experts contribute on ``batches``.
-
-    Layer by layer, on the hidden states of the dense model: soft-label cross-entropy of ``softmax(router(x))`` against
-    each expert's share of the contribution norm.
-
-    Args:
-        model: a sparse model.
-        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``; all
-            of it is used, in one batch.
-        tokenizer: for texts.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: if the model holds no sparse FFN or the data does not fit. No router is changed.
-    """
-    layers, views = sparse_layers(model), sparse_views(model)
-    inputs = as_inputs(batches, model, tokenizer)
-    fitted: dict[str, tuple[Tensor, Tensor]] = {}
-    with tqdm(total=len(views), desc="fitting routers", unit="layer", disable=not progress) as bar:
-
-        def visit(view: FFNView, x_ND: Tensor) -> None:
-            layer = layers[view.site]
-            size, shared = layer.experts.expert_size, layer.experts.shared
-            fitted[view.site] = _fit(x_ND, view.hidden(x_ND), view.down_FD, size, layer.router_norm, shared)
-            bar.update()
-
-        # Every expert active: hidden states as the dense model has them.
-        with register_routing_hook(model, lambda routing: torch.ones_like(routing.mask_TE)):
-            visit_inputs(model, list(views.values()), inputs, visit)
-    with torch.no_grad():
-        for name, (weight_ED, bias_E) in fitted.items():
-            _load_router(layers[name], weight_ED, bias_E)
-    manifest = attached(model)
-    if manifest is not None:
-        attach(model, describe(model, dataclasses.replace(manifest.config, router="fitted")))
-    return model
-
-
-def _load_router(layer: RoutedExperts, weight_ED: Tensor, bias_E: Tensor) -> None:
-    layer.router.weight.copy_(weight_ED)
-    if layer.router.bias is None:
-        layer.router.bias = nn.Parameter(bias_E.to(layer.router.weight.dtype))
-    else:
-        layer.router.bias.copy_(bias_E)
