@@ -273,8 +273,10 @@ def test_a_share_of_each_layers_experts() -> None:
 
 
 def test_refusals_leave_the_model_dense() -> None:
-    with pytest.raises(ValueError, match="shared_experts=-1 must not be negative"):
+    with pytest.raises(ValueError, match="shared_experts=-1 must be a number of experts"):
         SparsifyConfig(shared_experts=-1)
+    with pytest.raises(ValueError, match="shared_experts=nan must be a number of experts"):
+        SparsifyConfig(shared_experts=float("nan"))
     with pytest.raises(ValueError, match=r"shared_experts=1.5 is no whole number, and no share below 1"):
         SparsifyConfig(shared_experts=1.5)
     model, inputs = ARCHITECTURES["llama"]()
