@@ -382,7 +382,7 @@ def test_a_compiled_run_gives_what_an_eager_one_gives(command: Runner, tmp_path:
         backends.append(backend)
         return compiled_blocks(model, "eager" if backend else False)
 
-    monkeypatch.setattr("torch_prunepath.train.loop.compiled_blocks", eagerly)
+    monkeypatch.setattr("torch_prunepath.train.compiling.compiled_blocks", eagerly)
     methods = ("held", "static-norm", "moefication-mlp", "moefication-centroid", "lte", "d2dmoe-max")
     sets = [f"{method}:expert_size=4" for method in methods[2:]] + ["d2dmoe-max:first=0.5"]
     experts = [part for each in sets for part in ("--set", each)]

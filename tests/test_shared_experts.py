@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -258,12 +259,35 @@ def test_adapters_keep_them(tmp_path: Path) -> None:
     torch.testing.assert_close(output(merged, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_share_of_each_layers_experts() -> None:
-    model, inputs = ARCHITECTURES["llama"]()
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_share_of_each_layers_experts(name: str, tmp_path: Path) -> None:
+    model, inputs = ARCHITECTURES[name]()
     config = SparsifyConfig(expert_size=8, shared_experts=0.3)
-    sparsify(model, config=config, calibration=inputs, progress=False)
+    dense = output(model, inputs)
+    sparsify(model, tau=1.0, config=config, calibration=inputs, progress=False)
     for layer in sparse_layers(model).values():
         assert layer.experts.shared == round(0.3 * layer.num_experts) > 0
+    torch.testing.assert_close(output(model, inputs), dense)
+    set_tau(model, 0.4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(load(tmp_path), inputs), output(model, inputs))
+    assert read_info(tmp_path)["config"]["shared_experts"] == 0.3
+
+
+def test_layers_of_different_sizes_share_different_numbers() -> None:
+    model, inputs = ARCHITECTURES["llama"]()
+    wider = copy.deepcopy(model.config)
+    wider.intermediate_size = 2 * model.config.intermediate_size
+    model.model.layers[1].mlp = type(model.model.layers[1].mlp)(wider)
+    config = SparsifyConfig(expert_size=8, shared_experts=0.3)
+    sparsify(model.eval(), config=config, calibration=inputs, progress=False)
+    first, second = sparse_layers(model).values()
+    assert first.experts.shared == round(0.3 * first.num_experts) < second.experts.shared
+    assert second.experts.shared == round(0.3 * second.num_experts)
+
+
+def test_how_many_a_share_is() -> None:
+    config = SparsifyConfig(expert_size=8, shared_experts=0.3)
     assert [config.num_shared(neurons) for neurons in (8, 9, 80, 81)] == [0, 1, 3, 3]
     assert SparsifyConfig(shared_experts=0.01).num_shared(80) == 0
     assert SparsifyConfig(shared_experts=3).num_shared(80) == 3
@@ -273,9 +297,9 @@ def test_a_share_of_each_layers_experts() -> None:
 
 
 def test_refusals_leave_the_model_dense() -> None:
-    with pytest.raises(ValueError, match="shared_experts=-1 must be a number of experts"):
+    with pytest.raises(ValueError, match="shared_experts=-1 must not be negative"):
         SparsifyConfig(shared_experts=-1)
-    with pytest.raises(ValueError, match="shared_experts=nan must be a number of experts"):
+    with pytest.raises(ValueError, match="shared_experts=nan must not be negative"):
         SparsifyConfig(shared_experts=float("nan"))
     with pytest.raises(ValueError, match=r"shared_experts=1.5 is no whole number, and no share below 1"):
         SparsifyConfig(shared_experts=1.5)

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from torch_prunepath import SparsifyConfig, sparse_layers, sparsify
 from torch_prunepath.train import TrainConfig, compiled_blocks, hold, ramp, train
-from torch_prunepath.train.compiling import blocks, without_recording
+from torch_prunepath.train.compiling import blocks
 
 CONFIG = SparsifyConfig(expert_size=4, partition="random", router="centroid", budget="uniform")
 LOSSES: dict[str, Any] = {"entropy": 0.1, "load_balance": 0.1, "lte_separation": 1e-4, "contribution_fit": 1.0}
@@ -176,17 +176,26 @@ def test_inductor_trains() -> None:
         assert one == pytest.approx(other, rel=1e-2)
 
 
-def test_a_teacher_records_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("how", "own", "teachers"),
+    [
+        ("reduce-overhead", {"mode": "reduce-overhead"}, {"mode": "default"}),
+        ("max-autotune", {"mode": "max-autotune"}, {"mode": "max-autotune-no-cudagraphs"}),
+        ("default", {"mode": "default"}, {"mode": "default"}),
+        (BACKEND, {"backend": BACKEND}, {"backend": BACKEND}),
+        (True, {}, {}),
+        (False, None, None),
+    ],
+)
+def test_a_teacher_records_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch, how: Any, own: Any, teachers: Any) -> None:
     """One block's replay would write over what the block before it answered."""
-    assert [without_recording(how) for how in (False, True, "default", BACKEND)] == [False, True, "default", BACKEND]
-    assert without_recording("max-autotune") == "max-autotune-no-cudagraphs"
     modes = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: modes.append((module, options)))
     model, teacher = sparse("llama"), ARCHITECTURES["llama"]()[0]
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    trained(model, dataclasses.replace(RECIPE, steps=1, distill_logits=1.0), teacher=teacher, compile="reduce-overhead")
-    expected = [(block, {"mode": "reduce-overhead"}) for block in blocks(model)]
-    assert modes == [*expected, *((block, {"mode": "default"}) for block in blocks(teacher))]
+    trained(model, dataclasses.replace(RECIPE, steps=1, distill_logits=1.0), teacher=teacher, compile=how)
+    expected = [*((block, own) for block in blocks(model)), *((block, teachers) for block in blocks(teacher))]
+    assert modes == (expected if how else [])
 
 
 @pytest.mark.gpu

@@ -129,7 +129,7 @@ class SparsifyConfig:
         if self.expert_size < 1:
             raise ValueError(f"expert_size={self.expert_size} must be at least 1")
         if not self.shared_experts >= 0:
-            raise ValueError(f"shared_experts={self.shared_experts} must be a number of experts, or a share: 0 is none")
+            raise ValueError(f"shared_experts={self.shared_experts} must not be negative: 0 is none")
         if self.shared_experts >= 1 and not isinstance(self.shared_experts, int):
             raise ValueError(f"shared_experts={self.shared_experts} is no whole number, and no share below 1")
         if self.calibration_tokens < 1:

@@ -280,7 +280,7 @@ class SparseUp(RoutedExperts):
             biases = (None, None) if bias is None else bias.chunk(2)
             halves = list(zip(rows.chunk(2), biases, strict=True))
         size = self.experts.expert_size
-        h = torch.cat([up_of(x_TD, mask_TE, w, b, None, None, "none", size) for w, b in halves], dim=-1)
+        h = torch.cat([up_of(x_TD, mask_TE, (w, b, None, None), "none", size) for w, b in halves], dim=-1)
         return h.reshape(*shape[:-1], h.shape[-1])
 
 

@@ -5,12 +5,17 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.ffn import FFNView, bias_of, weight_out_in
 from torch_prunepath.ops import expand_experts, expert_down, expert_up, zero_inactive
+
+Weights: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Of up ``[F, D]`` and ``[F]``, then of gate likewise, as far as there are any."""
 
 
 def is_plain(view: FFNView, *modules: nn.Module | None) -> bool:
@@ -46,7 +51,8 @@ def is_idle(owner: nn.Module, dropout: str | None) -> bool:
 def up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
     """``[T, D] -> [T, F]``: what goes into the last projection, 0 where experts are inactive."""
     if is_plain(view, view.up, view.gate):
-        return up_of(x_TD, mask_TE, view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F, activation, size)
+        weights = view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F
+        return up_of(x_TD, mask_TE, weights, activation, size)
     return up_by_modules(view, x_TD, mask_TE, activation, size)
 
 
@@ -64,20 +70,10 @@ def up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str,
     return zero_inactive(h_TF, mask_TE, size)
 
 
-def up_of(
-    x_TD: Tensor,
-    mask_TE: Tensor,
-    up_FD: Tensor,
-    up_F: Tensor | None,
-    gate_FD: Tensor | None,
-    gate_F: Tensor | None,
-    activation: str,
-    size: int,
-) -> Tensor:
+def up_of(x_TD: Tensor, mask_TE: Tensor, weights: Weights, activation: str, size: int) -> Tensor:
     """:func:`up` of these weights, by the operator."""
-    tensors = _autocast(x_TD, up_FD, up_F, gate_FD, gate_F)
-    x_TD, up_FD, up_F, gate_FD, gate_F = tensors  # type: ignore[assignment]
-    return expert_up(x_TD, mask_TE, up_FD, up_F, gate_FD, gate_F, activation, size)
+    x, *cast = _autocast(x_TD, *weights)
+    return expert_up(x, mask_TE, *cast, activation, size)
 
 
 def down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:

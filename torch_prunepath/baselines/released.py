@@ -21,7 +21,4 @@ def released_prunepath(epochs: float = 1.0, tau: float = 0.95) -> tuple[Sparsify
         sparsify(model, tau=1.0, config=config)
         train(model, batches, stages)
     """
-    config = SparsifyConfig(
-        expert_size=32, partition="kmeans", router="zero", rule="below", gate="sigmoid", budget="uniform"
-    )
-    return config, recipes.paper(epochs, tau)
+    return recipes.EXPERTS["paper"], recipes.paper(epochs, tau)

@@ -86,6 +86,20 @@ def compiled_blocks(model: nn.Module, how: str | bool = True) -> Iterator[None]:
             model.__dict__["_loss_function"] = loss
 
 
+@contextlib.contextmanager
+def compiled_with_teacher(model: nn.Module, teacher: nn.Module | None, how: str | bool) -> Iterator[None]:
+    """:func:`compiled_blocks` of a model that is trained, and of its teacher.
+
+    A teacher records no CUDA graphs: without a backward pass to wait for, one block's replay would write over what the
+    block before it answered.
+    """
+    apart = RECORDING_MODES.get(how, how) if isinstance(how, str) else how
+    with compiled_blocks(model, how), contextlib.ExitStack() as stack:
+        if teacher is not None:
+            stack.enter_context(compiled_blocks(teacher, apart))
+        yield
+
+
 def check_how(how: str | bool) -> None:
     """Refuse what is neither a mode nor a backend.
 
@@ -102,14 +116,6 @@ def _options(how: str | bool) -> dict[str, Any]:
         return {}
     assert isinstance(how, str)
     return {"mode" if how in MODES else "backend": how}
-
-
-def without_recording(how: str | bool) -> str | bool:
-    """The same without CUDA graphs: for a teacher.
-
-    Without a backward pass to wait for, one block's replay would write over what the block before it answered.
-    """
-    return RECORDING_MODES.get(how, how) if isinstance(how, str) else how
 
 
 @torch.no_grad()

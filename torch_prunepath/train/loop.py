@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from torch_prunepath.data import evaluation_mode
 from torch_prunepath.sparsity import set_tau
 from torch_prunepath.train.batches import endless, take
-from torch_prunepath.train.compiling import check_compilable, compiled_blocks, keep_gradients, without_recording
+from torch_prunepath.train.compiling import check_compilable, compiled_with_teacher, keep_gradients
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.objective import Objective, others_frozen
 from torch_prunepath.train.optimizer import lr_factor
@@ -126,9 +126,7 @@ class _Run:
                 stack.enter_context(evaluation_mode(self.teacher))
             stack.enter_context(self.state.own_random(objective.device))
             stack.enter_context(others_frozen(self.model, self.config))
-            stack.enter_context(compiled_blocks(objective.inner, self.compile))
-            if self.teacher is not None:
-                stack.enter_context(compiled_blocks(self.teacher, without_recording(self.compile)))
+            stack.enter_context(compiled_with_teacher(objective.inner, self.teacher, self.compile))
             self.model.train()
             try:
                 yield

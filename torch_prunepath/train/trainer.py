@@ -14,7 +14,7 @@ from torch_prunepath.data import evaluation_mode
 from torch_prunepath.sparsity import record_sparsity, set_tau, sparse_layers
 from torch_prunepath.train.arguments import as_said, refuse, trainer_arguments
 from torch_prunepath.train.batches import is_causal, with_labels
-from torch_prunepath.train.compiling import check_compilable, compiled_blocks, keep_gradients, without_recording
+from torch_prunepath.train.compiling import check_compilable, compiled_with_teacher, keep_gradients
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.objective import Objective, mean_over_processes, others_frozen
 from torch_prunepath.train.optimizer import build_optimizer
@@ -104,10 +104,9 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         """As ``Trainer.train``; afterwards the model's tau is that of the sparsity that the run ended at."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(others_frozen(self._sparse, self.train_config))
-            stack.enter_context(compiled_blocks(self._sparse, self._compile))
             if self.teacher is not None:
                 stack.enter_context(evaluation_mode(self.teacher))
-                stack.enter_context(compiled_blocks(self.teacher, without_recording(self._compile)))
+            stack.enter_context(compiled_with_teacher(self._sparse, self.teacher, self._compile))
             try:
                 output = super().train(*args, **kwargs)
                 progress = self._memory.progress
