@@ -70,9 +70,17 @@ def calls(ffn):  # type: ignore[no-untyped-def]
             ffn.linears(x, [rows], [None])
 
 
+def divergences(divergence):  # type: ignore[no-untyped-def]
+    for dtype, tokens, vocabulary in [(torch.bfloat16, 5, 49152), (torch.float16, 3, 101), (torch.float32, 1, 5000)]:
+        logits, share = torch.empty(tokens, vocabulary, dtype=dtype), torch.empty(tokens)
+        for gradient in (True, False):
+            divergence(logits, logits, share, 2.0, gradient)
+        divergence(logits[:, ::2], logits[:, ::2], share, 1.0, True)
+
+
 def compile_all(target: GPUTarget) -> dict[str, int]:
     """Kernels by name, and how many variants of each were compiled."""
-    from torch_prunepath.csrc_triton import down, ffn, linear, order, rank, router, select, up
+    from torch_prunepath.csrc_triton import divergence, down, ffn, linear, order, rank, router, select, up
 
     variants: dict[str, set[str]] = {}
     run = JITFunction.run
@@ -90,6 +98,7 @@ def compile_all(target: GPUTarget) -> dict[str, int]:
             options = {"launch_pdl": True} if overlap else {}
             stack.enter_context(mock.patch.object(module, "launch_options", lambda tensor, o=options: o))
         calls(ffn)
+        divergences(divergence.divergence)
     return {name: len(hashes) for name, hashes in variants.items()}
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_prunepath.csrc_triton import ffn
+from torch_prunepath.csrc_triton.divergence import divergence
 
 D, F, S, E = 50, 101, 12, 9
 
@@ -23,6 +24,7 @@ def run(tokens: int) -> None:
     h = ffn.expert_up(x, mask, weights[0], None, None, None, "none", S)
     ffn.expert_down(h, mask, None, weights[4], None, S)
     ffn.linears(x[:1], [weights[0].t(), weights[2].t()], [weights[1], None])
+    divergence(random(tokens, 5001), random(tokens, 5001), torch.rand(tokens, device="cuda"), 2.0, True)
 
 
 if __name__ == "__main__":

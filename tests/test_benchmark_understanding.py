@@ -19,8 +19,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from benchmarks import understanding
 from benchmarks.common.store import Store
 from benchmarks.tasks import glue
+from benchmarks.tasks.glue import preference
 from benchmarks.tasks.methods import METHODS
-from benchmarks.tasks.report import rows_of
+from benchmarks.tasks.report import Halves, rows_of
 from benchmarks.tasks.runs import Job
 from torch_prunepath import register_routing_hook, sparsify
 from torch_prunepath.errors import UserError
@@ -133,6 +134,10 @@ def test_every_method_from_run_to_report(
     assert learnt["dense", 0.0] > 0.9 and learnt["ours", 0.5] > 0.8, learnt
     assert rows["ours", 0.5]["fields"] == [{"expert_size": 8, "distill_logits": 1.0}]
     assert rows["static", 0.5]["fields"] == [{}]
+
+    assert understanding.main(["report", str(output), "--both-halves", "--json"]) == 0
+    crossed = json.loads(capsys.readouterr().out)
+    assert crossed["both_halves"] and {(row["method"], row["target"]) for row in crossed["rows"]} == rows.keys()
 
     assert understanding.main(["report", str(output)]) == 0
     text = capsys.readouterr().out
@@ -290,6 +295,24 @@ def test_each_seed_s_choice_is_made_by_the_selection_half() -> None:
         other = {**runs["b"], "config": {**runs["b"]["config"], what: "another"}}
         with pytest.raises(UserError, match="keep each in a folder of its own"):
             rows_of({**runs, "f": other}, ("accuracy",))
+
+
+def test_each_half_is_reported_with_what_the_other_prefers() -> None:
+    def run(lr: float, *accuracies: float, sparsity: float = 0.8) -> dict[str, Any]:
+        config = {"task": "rte", "method": "ours", "steps": 5, "seed": 0, "lr": lr, "fields": {}}
+        config |= {"weights": "w", "data": "d"}
+        rows = zip((10, 30), accuracies, strict=True)
+        halves = [{"rows": n, "accuracy": value, "loss": lr, "sparsity": sparsity} for n, value in rows]
+        return {"config": config, "points": [{"target": 0.8, "select": halves[0], "report": halves[1]}]}
+
+    runs = {"a": run(1e-4, 0.9, 0.5), "b": run(1e-3, 0.6, 0.7, sparsity=0.7), "c": run(1e-2, 0.6, 0.7, sparsity=0.1)}
+    (row,) = rows_of(runs, ("accuracy",), Halves(preference, both=True))
+    # "a" for the second half, since the first prefers it; "b" for the first, whose loss is below that of "c".
+    assert row["metrics"]["accuracy"]["mean"] == pytest.approx((10 * 0.6 + 30 * 0.5) / 40)
+    assert row["realised_sparsity"] == pytest.approx((10 * 0.7 + 30 * 0.8) / 40)
+    assert row["seeds"] == [0] and row["lr"] == [1e-4, 1e-3]
+    (row,) = rows_of(runs, ("accuracy",), Halves(preference))
+    assert row["metrics"]["accuracy"]["mean"] == 0.5 and row["lr"] == [1e-4]
 
 
 def test_a_run_that_diverges_is_noted_and_the_others_go_on(
@@ -469,3 +492,14 @@ def test_foreign_folders_are_left_alone(
     Store(empty).write("diverged", {"config": config, "points": [], "failed": "the loss is nan"})
     assert understanding.main(["report", str(empty)]) == 2
     assert "no run has ended well" in capsys.readouterr().err
+
+
+def test_every_method_trains_towards_the_fine_tuned_model_alone(call: Callable[..., int], tmp_path: Path) -> None:
+    asked = ("--tasks", "sst2", "--steps", 3, *FAST, "--sparsity", 0.5, "--set", "distill_logits=2", "--set", "task=0")
+    methods = [name for name, method in METHODS.items() if method.trains]
+    assert call(tmp_path, *asked, "--set", "expert_size=8", "--methods", *methods) == 0
+    runs = {run["config"]["method"]: run for run in Store(tmp_path).all().values() if run["config"]["fields"]}
+    assert runs.keys() == set(methods)
+    for name, run in runs.items():
+        records = [stage["last_tenth"] for stage in run["stages"] if stage["config"]["distill_logits"]]
+        assert records and all("task" not in each and each["distill_logits"] >= 0 for each in records), name

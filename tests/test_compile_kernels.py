@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-KERNELS = {"_router_one", "_router_split", "_rank", "_select", "_up", "_down", "_list", "_masked", "_linears_one"}
+KERNELS = {
+    "_router_one",
+    "_router_split",
+    "_rank",
+    "_select",
+    "_up",
+    "_down",
+    "_list",
+    "_masked",
+    "_linears_one",
+    "_divergence",
+}
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])

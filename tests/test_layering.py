@@ -41,6 +41,7 @@ ORDER = [
     "csrc_triton.linear",
     "csrc_triton.masked",
     "csrc_triton.ffn",
+    "csrc_triton.divergence",
     "ops",
     "router",
     "fused",

@@ -191,6 +191,11 @@ def accuracy(predicted: Sequence[int], labels: Sequence[int]) -> float:
     return sum(p == y for p, y in zip(predicted, labels, strict=True)) / len(labels)
 
 
+def preference(half: Mapping[str, Any]) -> float:
+    """What runs are chosen by: accuracy, and the lower loss of equals."""
+    return float(half["accuracy"] - 1e-6 * min(half["loss"], 1e3))
+
+
 def f1(predicted: Sequence[int], labels: Sequence[int]) -> float:
     """F1 of label 1, in [0, 1]; 0 if nothing is predicted or labelled so."""
     both = sum(p == y == 1 for p, y in zip(predicted, labels, strict=True))
@@ -261,7 +266,7 @@ class GlueTask:
         """Accuracy, loss and, where it is the task's custom, F1 of both halves; chosen by accuracy, then by loss."""
         found = {"select": self._half(model, self.select, sparse), "report": self._half(model, self.report, sparse)}
         select = found["select"]
-        select["score"] = select["accuracy"] - 1e-6 * min(select["loss"], 1e3)
+        select["score"] = preference(select)
         return found
 
     def _half(self, model: nn.Module, rows: Sequence[Row], sparse: bool) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from torch_prunepath.config import check_choice
 from torch_prunepath.train import TrainConfig, fixed_tau, hold, recipes, train
 from torch_prunepath.train.compiling import check_compilable
 
-COMMON = ("weight_decay", "norm_lr", "warmup", "decay", "accumulation", "clip", "distill_logits", "temperature")
+COMMON = ("weight_decay", "norm_lr", "warmup", "decay", "accumulation", "clip", "task", "distill_logits", "temperature")
 """Fields that every method which trains has."""
 CONTROLLED = (*COMMON, "expert_size", "control_rate")
 SET_ELSEWHERE = {"steps", "epochs", "phases", "lr", "autocast", "seed"}

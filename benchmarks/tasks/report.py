@@ -1,14 +1,16 @@
 """What the runs of a task benchmark say: a table, a plot and the same as JSON.
 
 Of several runs that differ in learning rates or settings, the one is reported that the selection half prefers, for each
-seed by itself; runs of different length are reported apart.
+seed by itself; runs of different length are reported apart. Where halves are alike, both can be reported, each with the
+run that the other prefers: twice the rows, and none of them had a say in its own choice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common.report import figure, origins, save, spread_of, write
@@ -20,31 +22,57 @@ from torch_prunepath.report import aligned
 Row = dict[str, Any]
 
 
-def rows_of(runs: Mapping[str, Run], metrics: Sequence[str]) -> list[Row]:
+@dataclass(frozen=True)
+class Halves:
+    """Which halves are reported, and how one chooses.
+
+    Attributes:
+        score: of a half; larger is better.
+        both: report each half with the run that the other prefers, and not the report half alone.
+    """
+
+    score: Callable[[Row], float] = lambda half: float(half["score"])
+    both: bool = False
+
+    @property
+    def ways(self) -> list[tuple[str, str]]:
+        """The half that chooses, and the one that is reported."""
+        return [("select", "report"), ("report", "select")] if self.both else [("select", "report")]
+
+
+Found = tuple[Row, Run]
+"""What a half says, and the run that it says it of."""
+
+
+def rows_of(runs: Mapping[str, Run], metrics: Sequence[str], halves: Halves = Halves()) -> list[Row]:
     """One row a task, method, target and length: mean, least and largest of each metric over seeds.
 
     Args:
         runs: by name.
-        metrics: of the report half; a task lacks those that it has no word for.
+        metrics: of the reported halves; a task lacks those that it has no word for.
+        halves: which are reported.
 
     Raises:
         UserError: if there is no run that ended well, or if runs of a task cannot be compared.
     """
     _check_alike(runs)
-    best: dict[tuple[Any, ...], tuple[float, Row, Run]] = {}
+    points: dict[tuple[Any, ...], list[Found]] = {}
     for run in runs.values():
         config = run["config"]
         for point in run["points"]:
             key = (config["task"], config["method"], point["target"], config["steps"], config["seed"])
-            score = point["select"]["score"]
-            if key not in best or score > best[key][0]:
-                best[key] = (score, point, run)
-    if not best:
+            points.setdefault(key, []).append((point, run))
+    if not points:
         raise UserError("no run has ended well: see the runs' files, and run again with smaller learning rates")
-    groups: dict[tuple[Any, ...], list[tuple[Row, Run]]] = {}
-    for (*group, _), (_, point, run) in sorted(best.items(), key=lambda item: _order(item[0])):
-        groups.setdefault(tuple(group), []).append((point, run))
+    groups: dict[tuple[Any, ...], list[list[Found]]] = {}
+    for (*group, _), rivals in sorted(points.items(), key=lambda item: _order(item[0])):
+        groups.setdefault(tuple(group), []).append([_chosen(rivals, halves, *way) for way in halves.ways])
     return [_row(*group, members, metrics) for group, members in groups.items()]  # type: ignore[misc]
+
+
+def _chosen(rivals: Sequence[Found], halves: Halves, by: str, shown: str) -> Found:
+    point, run = max(rivals, key=lambda rival: halves.score(rival[0][by]))
+    return point[shown], run
 
 
 def _check_alike(runs: Mapping[str, Run]) -> None:
@@ -64,26 +92,32 @@ def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _row(
-    task: str, method: str, target: float, steps: int, members: Sequence[tuple[Row, Run]], metrics: Sequence[str]
+    task: str, method: str, target: float, steps: int, members: Sequence[Sequence[Found]], metrics: Sequence[str]
 ) -> Row:
-    points = [point for point, _ in members]
-    configs = [run["config"] for _, run in members]
-    found: dict[str, Any] = {}
+    halves = [[half for half, _ in found] for found in members]
+    configs = [run["config"] for found in members for _, run in found]
+    spreads: dict[str, Any] = {}
     for metric in metrics:
-        values = [point["report"][metric] for point in points if point["report"].get(metric) is not None]
-        if len(values) == len(points):
-            found[metric] = dataclasses.asdict(spread_of(values))
+        if all(half.get(metric) is not None for found in halves for half in found):
+            spreads[metric] = dataclasses.asdict(spread_of([_over_rows(found, metric) for found in halves]))
     return {
         "task": task,
         "method": method,
         "target": target,
         "steps": steps,
-        "realised_sparsity": statistics.fmean(point["report"]["sparsity"] for point in points),
-        "seeds": [config["seed"] for config in configs],
+        "realised_sparsity": statistics.fmean(_over_rows(found, "sparsity") for found in halves),
+        "seeds": [found[0][1]["config"]["seed"] for found in members],
         "lr": [config["lr"] for config in configs],
         "fields": [config["fields"] for config in configs],
-        "metrics": found,
+        "metrics": spreads,
     }
+
+
+def _over_rows(halves: Sequence[Row], metric: str) -> float:
+    """The mean over halves, by their rows."""
+    if len(halves) == 1:
+        return float(halves[0][metric])
+    return float(sum(half["rows"] * half[metric] for half in halves) / sum(half["rows"] for half in halves))
 
 
 def table(rows: Sequence[Row], metrics: Sequence[str], scale: Mapping[str, float]) -> list[str]:
@@ -110,19 +144,23 @@ def _cells(row: Row, shown: Sequence[str], scale: Mapping[str, float]) -> tuple[
 
 
 def write_report(
-    store: Store, runs: Mapping[str, Run], metrics: Sequence[str], scale: Mapping[str, float]
+    store: Store,
+    runs: Mapping[str, Run],
+    metrics: Sequence[str],
+    scale: Mapping[str, float],
+    halves: Halves = Halves(),
 ) -> tuple[dict[str, Any], str]:
     """Make ``report.json``, ``report.md`` and ``report.png`` of the runs; the same as an object and as text.
 
     Raises:
         UserError: if no run ended well or a file cannot be written.
     """
-    rows = rows_of(runs, metrics)
+    rows = rows_of(runs, metrics, halves)
     lines = table(rows, metrics, scale)
     failed = {name: run["failed"] for name, run in runs.items() if "failed" in run}
     about = origins(runs.values())
     plot = _plot(rows, metrics, scale, store)
-    results = {"rows": rows, "failed": failed, **about, "plot": plot}
+    results = {"rows": rows, "both_halves": halves.both, "failed": failed, **about, "plot": plot}
     notes = [f"{key}: {'; '.join(values)}" for key, values in about.items()]
     notes += [f"failed: {name}: {reason}" for name, reason in failed.items()]
     write(store.output, "\n".join(["```", *lines, "```", "", *(f"- {note}" for note in notes)]), results)

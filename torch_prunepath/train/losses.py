@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 1024
-"""Tokens whose logits are widened to float32 at a time."""
+"""Tokens whose logits are widened to float32 at a time, where no kernel does it."""
 
 
 def weighted_mean(values_T: Tensor, weight_T: Tensor | None) -> Tensor:
@@ -83,16 +83,16 @@ def distill_logits(
 ) -> Tensor:
     """``temperature^2 * mean KL(teacher || student)`` of the softmax of logits over ``temperature``, in nats.
 
-    The factor keeps the gradient's size whatever the temperature. Computed in float32, ``chunk`` tokens at a time, so
-    that besides both logits only the student's gradient, in its own dtype, has size ``[T, V]``. It can be
-    differentiated once; no gradient reaches the teacher.
+    The factor keeps the gradient's size whatever the temperature. Computed in float32 (float64 from float64), so that
+    besides both logits only the student's gradient, in its own dtype, has size ``[T, V]``: by one Triton kernel on CUDA
+    devices, elsewhere ``chunk`` tokens at a time. It can be differentiated once; no gradient reaches the teacher.
 
     Args:
         student_TV: logits, any floating dtype.
         teacher_TV: logits of the same shape.
         weight_T: token weights.
         temperature: positive.
-        chunk: tokens at a time.
+        chunk: tokens at a time, where no kernel does it.
     """
     if student_TV.shape != teacher_TV.shape:
         raise ValueError(
@@ -115,20 +115,40 @@ class _Distillation(torch.autograd.Function):
         wide = torch.promote_types(student_TV.dtype, torch.float32)
         weight_T = weight_T.to(wide)
         share_T = weight_T / weight_T.sum().clamp_min(torch.finfo(wide).tiny)
-        loss = torch.zeros((), dtype=wide, device=student_TV.device)
-        grad_TV = torch.empty_like(student_TV) if student_TV.requires_grad else None
-        for start in range(0, student_TV.shape[0], chunk):
-            part = slice(start, start + chunk)
-            log_p_CV = (student_TV[part].to(wide) / temperature).log_softmax(-1)
-            log_q_CV = (teacher_TV[part].to(wide) / temperature).log_softmax(-1)
-            q_CV, share_C1 = log_q_CV.exp(), share_T[part, None]
-            loss += temperature**2 * (share_C1 * q_CV * (log_q_CV - log_p_CV)).sum()
-            if grad_TV is not None:
-                grad_TV[part] = temperature * share_C1 * (log_p_CV.exp() - q_CV)
-        ctx.grad_TV = grad_TV
+        given = student_TV, teacher_TV, share_T, temperature
+        if student_TV.is_cuda and wide == torch.float32:
+            loss, ctx.grad_TV = _in_one_kernel(*given, student_TV.requires_grad)
+        else:
+            loss, ctx.grad_TV = _by_chunks(*given, student_TV.requires_grad, chunk)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
         return (ctx.grad_TV * grad.to(ctx.grad_TV.dtype), None, None, None, None)
+
+
+def _by_chunks(
+    student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor, temperature: float, gradient: bool, chunk: int
+) -> tuple[Tensor, Tensor | None]:
+    """As the kernel does, in ``share_T``'s dtype."""
+    loss = torch.zeros((), dtype=share_T.dtype, device=student_TV.device)
+    grad_TV = torch.empty_like(student_TV) if gradient else None
+    for start in range(0, student_TV.shape[0], chunk):
+        part = slice(start, start + chunk)
+        log_p_CV = (student_TV[part].to(share_T.dtype) / temperature).log_softmax(-1)
+        log_q_CV = (teacher_TV[part].to(share_T.dtype) / temperature).log_softmax(-1)
+        q_CV, share_C1 = log_q_CV.exp(), share_T[part, None]
+        loss += temperature**2 * (share_C1 * q_CV * (log_q_CV - log_p_CV)).sum()
+        if grad_TV is not None:
+            grad_TV[part] = temperature * share_C1 * (log_p_CV.exp() - q_CV)
+    return loss, grad_TV
+
+
+def _in_one_kernel(*given: Any) -> tuple[Tensor, Tensor | None]:
+    try:
+        from torch_prunepath.csrc_triton.divergence import divergence
+    except ImportError as error:
+        raise ImportError("distillation on a CUDA device needs Triton: pip install triton") from error
+    with torch.cuda.device(given[0].device):  # kernels start on the current device
+        return divergence(*given)
