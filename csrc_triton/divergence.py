@@ -91,7 +91,7 @@ def divergence(
         _divergence[(T,)](
             student_TV,
             teacher_TV,
-            share_T,
+            share_T.contiguous(),
             loss_T,
             grad_TV,
             V,

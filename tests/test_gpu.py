@@ -15,6 +15,7 @@ from torch_prunepath import SparsifyConfig, densify, record_sparsity, set_sparsi
 from torch_prunepath.bench.decoder import Decoder, logits_of
 from torch_prunepath.bench.gate import relative_rms
 from torch_prunepath.compile.backend import DISABLE, prunepath
+from torch_prunepath.train.losses import distill_logits
 
 pytestmark = pytest.mark.gpu
 CONFIG = SparsifyConfig(expert_size=8, partition="kmeans", router="centroid", budget="uniform")
@@ -107,6 +108,23 @@ class FFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_distillation_of_logits_is_the_cpu_s(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(33, 5001, generator=generator).to(dtype) for _ in range(2))
+    weight_T = torch.rand(33, generator=generator).double()
+    found = {}
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        logits = student.to(device, kind).requires_grad_()
+        loss = distill_logits(logits, teacher.to(device, kind), weight_T.to(device), temperature=2.0)
+        (3 * loss).backward()
+        found[device] = loss.detach().cpu().double(), logits.grad.cpu().double()
+    (loss, grad), (expected, expected_grad) = found["cuda"], found["cpu"]
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    scale = expected_grad.abs().max()
+    torch.testing.assert_close(grad / scale, expected_grad / scale, rtol=0, atol=1e-2 if dtype.itemsize == 2 else 1e-5)
 
 
 def test_peak_memory_is_the_model_and_one_layer() -> None:

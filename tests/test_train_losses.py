@@ -112,6 +112,11 @@ def test_distillation_refuses_another_vocabulary() -> None:
         losses.distill_logits(draws(T, V), draws(T, V + 1))
 
 
+def test_distillation_refuses_another_device() -> None:
+    with pytest.raises(ValueError, match="move the teacher"):
+        losses.distill_logits(draws(T, V), draws(T, V).to("meta"))
+
+
 def test_distillation_of_outputs_is_a_relative_squared_error() -> None:
     y, target = draws(T, 3).requires_grad_(), draws(T, 3, seed=1).requires_grad_()
     rows = WEIGHTS.bool()

@@ -93,7 +93,15 @@ def distill_logits(
         weight_T: token weights.
         temperature: positive.
         chunk: tokens at a time, where no kernel does it.
+
+    Raises:
+        ValueError: if shapes or devices differ.
+        ImportError: on a CUDA device without Triton.
     """
+    if student_TV.device != teacher_TV.device:
+        raise ValueError(
+            f"the student's logits are on {student_TV.device}, the teacher's on {teacher_TV.device}: move the teacher"
+        )
     if student_TV.shape != teacher_TV.shape:
         raise ValueError(
             f"student and teacher differ in the shape of their logits, {tuple(student_TV.shape)} and "
@@ -131,7 +139,7 @@ class _Distillation(torch.autograd.Function):
 def _by_chunks(
     student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor, temperature: float, gradient: bool, chunk: int
 ) -> tuple[Tensor, Tensor | None]:
-    """As the kernel does, in ``share_T``'s dtype."""
+    """What the kernel computes, in ``share_T``'s dtype."""
     loss = torch.zeros((), dtype=share_T.dtype, device=student_TV.device)
     grad_TV = torch.empty_like(student_TV) if gradient else None
     for start in range(0, student_TV.shape[0], chunk):

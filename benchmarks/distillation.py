@@ -1,0 +1,115 @@
+"""Times the loss of distillation, gradient included: one kernel against torch's operators, as they are and compiled.
+
+    python benchmarks/distillation.py --tokens 16384 --vocabulary 49152
+
+Every way is compared with float64 before the clock runs. The floor is what three tensors of logits take at the copy's
+bandwidth: student and teacher read once, the gradient written. On a CPU there is no kernel to time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1]))  # so that the packages beside this script are found
+from benchmarks.common.options import dispatch
+from torch_prunepath.bench.results import commit
+from torch_prunepath.bench.timing import copy_bandwidth, ready, timed
+from torch_prunepath.errors import UserError
+from torch_prunepath.report import aligned, machine
+from torch_prunepath.train import losses
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+"""Of a gradient's error, relative to its largest element."""
+CHECKED = 64
+"""Tokens that are compared with float64."""
+Way = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def ways(device: str) -> dict[str, Way]:
+    """Loss and gradient of student and teacher logits and each token's share."""
+
+    def by_chunks(student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor) -> tuple[Tensor, Tensor | None]:
+        return losses._by_chunks(student_TV, teacher_TV, share_T, 1.0, True, losses.CHUNK_TOKENS)
+
+    def in_one_kernel(student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor) -> tuple[Tensor, Tensor | None]:
+        return losses._in_one_kernel(student_TV, teacher_TV, share_T, 1.0, True)
+
+    found: dict[str, Way] = {"operators": by_chunks, "compiled": torch.compile(by_chunks)}
+    return found | ({"kernel": in_one_kernel} if device == "cuda" else {})
+
+
+def check(name: str, way: Way, given: Sequence[Tensor]) -> None:
+    """Compare a way's gradient of some tokens with float64's.
+
+    Raises:
+        UserError: if it is wrong.
+    """
+    some = [value[:CHECKED] for value in given]
+    exact_TV = losses._by_chunks(*(value.double() for value in some), 1.0, True, CHECKED)[1]
+    found_TV = way(*some)[1]
+    assert exact_TV is not None and found_TV is not None
+    error = float((found_TV.double() - exact_TV).abs().max() / exact_TV.abs().max())
+    if not error <= BOUNDS[given[0].dtype]:
+        raise UserError(f"{name}: the gradient is off by {error:.1e} of its largest element; nothing was timed")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rows of ways, milliseconds each."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch finds no CUDA device: give --device cpu")
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    shape = arguments.tokens, arguments.vocabulary
+    student_TV, teacher_TV = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    given = student_TV, teacher_TV, torch.full(shape[:1], 1.0 / shape[0], device=device)
+    found = ways(arguments.device)
+    for name, way in found.items():
+        check(name, way, given)
+    calls = {name: ready(lambda way=way: way(*given), device) for name, way in found.items()}
+    times = timed(calls, device, calls=1, seconds=arguments.seconds)
+    rows = [{"way": name, "ms": times[name].median_us / 1e3, "least_ms": times[name].min_us / 1e3} for name in found]
+    floor_ms = 3 * student_TV.nbytes / copy_bandwidth(device) * 1e3
+    about = {"tokens": shape[0], "vocabulary": shape[1], "dtype": arguments.dtype, **machine(), "commit": commit()}
+    return {**about, "floor_ms": floor_ms, "rows": rows}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    results = measure(arguments)
+    if arguments.json:
+        print(json.dumps(results))
+        return
+    print(
+        f"{results['tokens']} x {results['vocabulary']} logits in {results['dtype']}, floor {results['floor_ms']:.2f} ms"
+    )
+    lines = [("way", "ms", "least", "of floor")]
+    for row in results["rows"]:
+        lines.append(
+            (row["way"], *(f"{row[k]:.2f}" for k in ("ms", "least_ms")), f"{row['ms'] / results['floor_ms']:.1f}x")
+        )
+    print("\n".join(aligned(lines)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seconds", type=float, default=1.0, help="about how long each way is timed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command="run")
+    return dispatch({"run": run}, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
