@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 1024
-"""Tokens whose logits are widened to float32 at a time, where no kernel does it."""
+CHUNK_LOGITS = 1 << 19
+"""That are widened to float32 at a time, where no kernel does it: what a CPU's caches hold, see docs/log.md."""
 
 
 def weighted_mean(values_T: Tensor, weight_T: Tensor | None) -> Tensor:
@@ -79,20 +79,20 @@ def distill_logits(
     weight_T: Tensor | None = None,
     *,
     temperature: float = 1.0,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int | None = None,
 ) -> Tensor:
     """``temperature^2 * mean KL(teacher || student)`` of the softmax of logits over ``temperature``, in nats.
 
     The factor keeps the gradient's size whatever the temperature. Computed in float32 (float64 from float64), so that
     besides both logits only the student's gradient, in its own dtype, has size ``[T, V]``: by one Triton kernel on CUDA
-    devices, elsewhere ``chunk`` tokens at a time. It can be differentiated once; no gradient reaches the teacher.
+    devices, elsewhere some tokens at a time. It can be differentiated once; no gradient reaches the teacher.
 
     Args:
         student_TV: logits, any floating dtype.
         teacher_TV: logits of the same shape.
         weight_T: token weights.
         temperature: positive.
-        chunk: tokens at a time, where no kernel does it.
+        chunk: tokens at a time, where no kernel does it; by default as many as caches hold.
 
     Raises:
         ValueError: if shapes or devices differ.
@@ -109,8 +109,14 @@ def distill_logits(
         )
     if weight_T is None:
         weight_T = torch.ones(student_TV.shape[:1], device=student_TV.device)
+    chunk = chunk_of(student_TV.shape[-1]) if chunk is None else chunk
     loss: Tensor = _Distillation.apply(student_TV, teacher_TV, weight_T, temperature, chunk)
     return loss
+
+
+def chunk_of(vocabulary: int) -> int:
+    """Tokens at a time."""
+    return max(1, CHUNK_LOGITS // max(1, vocabulary))
 
 
 class _Distillation(torch.autograd.Function):
