@@ -26,8 +26,9 @@ def _add_up(ptr, start, v, V, stride, scale, most, total):
 
 @triton.jit
 def _log_sum(most, total):
+    """The largest logit, and the logarithm of the sum over it; added up they would lose what logits have in common."""
     largest = tl.max(most, axis=0)
-    return largest + tl.log(tl.sum(total * tl.exp(most - largest), axis=0))
+    return largest, tl.log(tl.sum(total * tl.exp(most - largest), axis=0))
 
 
 @triton.jit
@@ -56,13 +57,15 @@ def _divergence(
     for start in range(0, V, BLOCK):
         most_p, total_p = _add_up(student_ptr, start, v, V, stride_sv, scale, most_p, total_p)
         most_q, total_q = _add_up(teacher_ptr, start, v, V, stride_tv, scale, most_q, total_q)
-    log_sum_p, log_sum_q = _log_sum(most_p, total_p), _log_sum(most_q, total_q)
+    largest_p, log_sum_p = _log_sum(most_p, total_p)
+    largest_q, log_sum_q = _log_sum(most_q, total_q)
     divergence = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         at = (start + v).to(tl.int64)
         inside = at < V
-        p = tl.load(student_ptr + at * stride_sv, mask=inside, other=0.0).to(tl.float32) * scale - log_sum_p
-        q = tl.load(teacher_ptr + at * stride_tv, mask=inside, other=0.0).to(tl.float32) * scale - log_sum_q
+        p = tl.load(student_ptr + at * stride_sv, mask=inside, other=0.0).to(tl.float32) * scale
+        q = tl.load(teacher_ptr + at * stride_tv, mask=inside, other=0.0).to(tl.float32) * scale
+        p, q = (p - largest_p) - log_sum_p, (q - largest_q) - log_sum_q
         divergence += tl.where(inside, tl.exp(q) * (q - p), 0.0)
         if GRAD:
             tl.store(grad_ptr + t * V + at, share / scale * (tl.exp(p) - tl.exp(q)), mask=inside)

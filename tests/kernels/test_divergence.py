@@ -48,7 +48,7 @@ def test_loss_and_gradient(tokens: int, vocabulary: int, temperature: float, dty
     assert torch.equal(kernels.divergence(student, teacher, share, temperature, False)[0], loss)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(
     vocabulary=st.integers(1, 70),
     offset=st.sampled_from([-1e4, 0.0, 1e4]),
@@ -61,9 +61,9 @@ def test_large_logits_do_not_overflow(vocabulary: int, offset: float, spread: fl
     share = torch.ones(2, device=device)
     loss, grad = kernels.divergence(student, teacher, share, 1.0, True)
     expected, expected_grad = exact(student, teacher, share, 1.0)
-    # Beside 1e4 float32 has steps of 1e-3.
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=1e-2)
+    # Beside 1e4 float32 has steps of 1e-3, but the logits of a token have 1e4 in common.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=1e-5)
 
 
 def test_strides_and_what_lies_behind(device: str) -> None:
