@@ -9,6 +9,7 @@ bandwidth: student and teacher read once, the gradient written. On a CPU there i
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -31,23 +32,25 @@ BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Of a gradient's error, relative to its largest element."""
 CHECKED = 64
 """Tokens that are compared with float64."""
-Way = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+CUDA_CHUNK = 1024
+"""Tokens at a time for operators on CUDA, where a default that suits a CPU's caches would be all launches."""
+Way = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
 
 
-def ways(device: str) -> dict[str, Way]:
-    """Loss and gradient of student and teacher logits and each token's share."""
+def ways(device: str, chunk: int | None, tokens: int) -> dict[str, Way]:
+    """Loss and gradient of student and teacher logits, each token's share, a temperature; the last says whether both."""
+    if device != "cuda":
+        kernel: dict[str, Way] = {}
+    else:
+        from torch_prunepath.csrc_triton.divergence import divergence
 
-    def by_chunks(student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        return losses._by_chunks(student_TV, teacher_TV, share_T, 1.0, True, losses.chunk_of(student_TV.shape[1]))
+        chunk, kernel = chunk or CUDA_CHUNK, {"kernel": divergence}
 
-    def at_once(student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        return losses._by_chunks(student_TV, teacher_TV, share_T, 1.0, True, len(student_TV))
+    def at_once(*given: Any) -> tuple[Tensor, Tensor | None]:
+        return losses.by_chunks(*given, chunk=tokens)
 
-    def in_one_kernel(student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        return losses._in_one_kernel(student_TV, teacher_TV, share_T, 1.0, True)
-
-    found: dict[str, Way] = {"operators": by_chunks, "compiled": torch.compile(at_once, dynamic=False)}
-    return found | ({"kernel": in_one_kernel} if device == "cuda" else {})
+    operators = functools.partial(losses.by_chunks, chunk=chunk)
+    return {"operators": operators, "compiled": torch.compile(at_once, dynamic=False), **kernel}
 
 
 def check(name: str, way: Way, given: Sequence[Tensor]) -> None:
@@ -57,8 +60,8 @@ def check(name: str, way: Way, given: Sequence[Tensor]) -> None:
         UserError: if it is wrong.
     """
     some = [value[:CHECKED] for value in given]
-    exact_TV = losses._by_chunks(*(value.double() for value in some), 1.0, True, CHECKED)[1]
-    found_TV = way(*some)[1]
+    exact_TV = losses.by_chunks(*(value.double() for value in some), 1.0, True)[1]
+    found_TV = way(*some, 1.0, True)[1]
     assert exact_TV is not None and found_TV is not None
     error = float((found_TV.double() - exact_TV).abs().max() / exact_TV.abs().max())
     if not error <= BOUNDS[given[0].dtype]:
@@ -73,10 +76,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = arguments.tokens, arguments.vocabulary
     student_TV, teacher_TV = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     given = student_TV, teacher_TV, torch.full(shape[:1], 1.0 / shape[0], device=device)
-    found = ways(arguments.device)
+    found = ways(arguments.device, arguments.chunk, arguments.tokens)
     for name, way in found.items():
         check(name, way, given)
-    calls = {name: ready(lambda way=way: way(*given), device) for name, way in found.items()}
+    calls = {name: ready(lambda way=way: way(*given, 1.0, True), device) for name, way in found.items()}
     times = timed(calls, device, calls=1, seconds=arguments.seconds)
     rows = [{"way": name, "ms": times[name].median_us / 1e3, "least_ms": times[name].min_us / 1e3} for name in found]
     floor_ms = 3 * student_TV.nbytes / copy_bandwidth(device) * 1e3
@@ -105,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    words = f"tokens at a time, by operators (default: {CUDA_CHUNK} on CUDA, what caches hold on a CPU)"
+    parser.add_argument("--chunk", type=int, help=words)
     parser.add_argument("--seconds", type=float, default=1.0, help="about how long each way is timed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command="run")

@@ -109,14 +109,8 @@ def distill_logits(
         )
     if weight_T is None:
         weight_T = torch.ones(student_TV.shape[:1], device=student_TV.device)
-    chunk = chunk_of(student_TV.shape[-1]) if chunk is None else chunk
     loss: Tensor = _Distillation.apply(student_TV, teacher_TV, weight_T, temperature, chunk)
     return loss
-
-
-def chunk_of(vocabulary: int) -> int:
-    """Tokens at a time."""
-    return max(1, CHUNK_LOGITS // max(1, vocabulary))
 
 
 class _Distillation(torch.autograd.Function):
@@ -124,7 +118,7 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, student_TV: Tensor, teacher_TV: Tensor, weight_T: Tensor, temperature: float, chunk: int
+        ctx: Any, student_TV: Tensor, teacher_TV: Tensor, weight_T: Tensor, temperature: float, chunk: int | None
     ) -> Tensor:
         wide = torch.promote_types(student_TV.dtype, torch.float32)
         weight_T = weight_T.to(wide)
@@ -133,7 +127,7 @@ class _Distillation(torch.autograd.Function):
         if student_TV.is_cuda and wide == torch.float32:
             loss, ctx.grad_TV = _in_one_kernel(*given, student_TV.requires_grad)
         else:
-            loss, ctx.grad_TV = _by_chunks(*given, student_TV.requires_grad, chunk)
+            loss, ctx.grad_TV = by_chunks(*given, student_TV.requires_grad, chunk)
         return loss
 
     @staticmethod
@@ -142,10 +136,16 @@ class _Distillation(torch.autograd.Function):
         return (ctx.grad_TV * grad.to(ctx.grad_TV.dtype), None, None, None, None)
 
 
-def _by_chunks(
-    student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor, temperature: float, gradient: bool, chunk: int
+def by_chunks(
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    share_T: Tensor,
+    temperature: float,
+    gradient: bool,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the kernel computes, in ``share_T``'s dtype."""
+    """What ``csrc_triton.divergence`` computes, by torch's operators and in ``share_T``'s dtype."""
+    chunk = max(1, CHUNK_LOGITS // max(1, student_TV.shape[-1])) if chunk is None else chunk
     loss = torch.zeros((), dtype=share_T.dtype, device=student_TV.device)
     grad_TV = torch.empty_like(student_TV) if gradient else None
     for start in range(0, student_TV.shape[0], chunk):
