@@ -38,7 +38,7 @@ Way = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor | Non
 
 
 def ways(device: str, chunk: int | None, tokens: int) -> dict[str, Way]:
-    """Loss and gradient of student and teacher logits, each token's share, a temperature; the last says whether both."""
+    """Loss and gradient of student and teacher logits, each token's share, a temperature; the last asks for both."""
     if device != "cuda":
         kernel: dict[str, Way] = {}
     else:
