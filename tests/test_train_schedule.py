@@ -44,6 +44,17 @@ def test_draws_are_a_function_of_seed_and_step_and_fill_the_range() -> None:
     assert aim_at(phases, 0, 1000, 0).sparsity == pytest.approx(0.8033673402969184, abs=1e-12)
 
 
+def test_logarithmic_draws_give_each_halving_of_the_active_share_as_many_steps() -> None:
+    phases = (draw(0.2, 0.95, log=True),)
+    drawn = [aim_at(phases, step, 2000, 7).sparsity for step in range(2000)]
+    active = [1 - value for value in drawn if value is not None]
+    assert len(active) == 2000 and 0.05 <= min(active) < 0.051 and 0.79 < max(active) <= 0.8
+    for upper in (0.8, 0.4, 0.2, 0.1):  # four halvings
+        assert sum(upper / 2 <= share <= upper for share in active) / 2000 == pytest.approx(0.25, abs=0.03)
+    both = [aim_at(phases, 0, 1, 7, i, 2).sparsity for i in range(2)]
+    assert both[0] <= 0.8 <= both[1]
+
+
 def test_the_batches_of_a_step_share_the_range_out_among_them() -> None:
     phases = (draw(0.3, 0.9),)
     found = [[aim_at(phases, step, 500, 7, i, 3).sparsity for i in range(3)] for step in range(500)]
@@ -60,6 +71,7 @@ def test_the_batches_of_a_step_share_the_range_out_among_them() -> None:
         (("sparsity", -0.1, 0.5), "outside"),
         (("tau", 0.0, 0.5), "outside"),
         (("random", 0.9, 0.3), "draw from 0.3 to 0.9"),
+        (("random-log", 0.9, 0.3), "draw from 0.3 to 0.9"),
         (("hold", 0.5, 0.5), "choose one of"),
         (("tau", 0.5, 0.5, 0.0), "leave the phase out"),
     ],

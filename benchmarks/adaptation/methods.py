@@ -41,7 +41,7 @@ TRAIN_FIELDS = frozenset(field.name for field in dataclasses.fields(TrainConfig)
     *("steps", "epochs", "lr", "seed", "autocast")
 }
 SPARSIFY_FIELDS = frozenset(field.name for field in dataclasses.fields(SparsifyConfig)) - {"seed", "calibration_tokens"}
-RANGE = frozenset({"low", "high"})
+RANGE = frozenset({"low", "high", "log"})
 TARGET = "target"
 """Inside ``phases``: the sparsity that a run is trained for."""
 
@@ -148,7 +148,7 @@ def _sparsified(job: Job, base: SparsifyConfig) -> Any:
 
 
 def _ours(job: Job) -> Adapted:
-    config = _stage(job, recipes.ours(job.steps, **job.run.pick(["low", "high"])))
+    config = _stage(job, recipes.ours(job.steps, **job.run.pick(RANGE)))
     model = _sparsified(job, recipes.EXPERTS["ours"])
     job.train(model, config)
     return Adapted(model, _tau_knob(job, model))

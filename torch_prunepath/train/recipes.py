@@ -32,17 +32,18 @@ def paper(epochs: float = 1.0, tau: float = 0.95) -> TrainConfig:
     )
 
 
-def ours(steps: int, low: float = 0.5, high: float = 0.95, distil: float = 0.0) -> TrainConfig:
+def ours(steps: int, low: float = 0.5, high: float = 0.95, distil: float = 0.0, log: bool = False) -> TrainConfig:
     """One checkpoint for every sparsity from ``low`` to ``high``: the target is drawn for each step and held.
 
     The first twentieth of the steps goes from every expert to the middle of the range: slower ramps cost quality.
     Routers follow what their experts contribute (``contribution_fit``), as the weights change. With ``distil=1``, which
-    needs a teacher, the dense model's logits are a target besides the task: worth 2 to 6% of perplexity. Goes with
-    ``EXPERTS["ours"]``; measured in ``benchmarks/results/adaptation-h200.md``.
+    needs a teacher, the dense model's logits are a target besides the task: worth 2 to 6% of perplexity. ``log`` draws
+    more of the high targets, see :class:`Phase`. Goes with ``EXPERTS["ours"]``; measured in
+    ``benchmarks/results/adaptation-h200.md``.
     """
     return TrainConfig(
         steps=steps,
-        phases=(ramp(0.0, (low + high) / 2, share=1.0), draw(low, high, share=19.0)),
+        phases=(ramp(0.0, (low + high) / 2, share=1.0), draw(low, high, share=19.0, log=log)),
         lr=1e-3,
         router_lr=1e-3,
         contribution_fit=0.1,

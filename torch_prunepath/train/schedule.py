@@ -10,7 +10,9 @@ from typing import Literal
 
 from torch_prunepath.config import check_choice, check_tau
 
-Kind = Literal["tau", "sparsity", "random"]
+Kind = Literal["tau", "sparsity", "random", "random-log"]
+
+DRAWN = ("random", "random-log")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class Phase:
         kind: ``"sparsity"``: the controller holds realised sparsity at a target, which goes in a straight line from
             ``first`` to ``last``; ``"random"``: at a target drawn anew for each step, uniform between them, so that one
             checkpoint serves all of them (in one process for each batch: those that a step adds up share the range out
-            among them); ``"tau"``: tau itself goes from ``first`` to ``last``, uncontrolled.
+            among them); ``"random-log"``: likewise, but uniform in the logarithm of the share of neurons that are
+            active, so that each halving of it gets as many steps; ``"tau"``: tau itself goes from ``first`` to
+            ``last``, uncontrolled.
         first: sparsity in [0, 1), or tau in (0, 1].
         last: likewise.
         share: how long the phase lasts, relative to the sum over all phases.
@@ -39,7 +43,7 @@ class Phase:
                 check_tau(value)
             elif not 0.0 <= value < 1.0:
                 raise ValueError(f"target sparsity {value} is outside [0, 1): 0.8 leaves a fifth of the neurons active")
-        if self.kind == "random" and self.first > self.last:
+        if self.kind in DRAWN and self.first > self.last:
             raise ValueError(f"draw from {self.last} to {self.first}, not from {self.first} to {self.last}")
         if not self.share > 0.0:
             raise ValueError(f"share={self.share} must be positive: leave the phase out instead")
@@ -55,9 +59,9 @@ def ramp(first: float, last: float, share: float = 1.0) -> Phase:
     return Phase("sparsity", first, last, share)
 
 
-def draw(low: float, high: float, share: float = 1.0) -> Phase:
-    """Draw a target of realised sparsity for each step; see :class:`Phase`."""
-    return Phase("random", low, high, share)
+def draw(low: float, high: float, share: float = 1.0, log: bool = False) -> Phase:
+    """Draw a target of realised sparsity for each step, with ``log`` more of the high ones; see :class:`Phase`."""
+    return Phase("random-log" if log else "random", low, high, share)
 
 
 def fixed_tau(tau: float, share: float = 1.0) -> Phase:
@@ -92,10 +96,13 @@ def aim_at(phases: Sequence[Phase], step: int, steps: int, seed: int, batch: int
         begin = end
     start, stop = round(begin), round(end)
     along = (step - start) / max(1, stop - 1 - start)
-    if phase.kind == "random":
+    if phase.kind in DRAWN:
         text = f"sparsity {seed} {step}" if batch == 0 else f"sparsity {seed} {step} {batch}"
         along = (batch + random.Random(seed_of(text)).random()) / batches
-    value = phase.first + min(1.0, along) * (phase.last - phase.first)
+    along = min(1.0, along)
+    if phase.kind == "random-log":
+        return Aim(sparsity=1.0 - (1.0 - phase.first) ** (1.0 - along) * (1.0 - phase.last) ** along)
+    value = phase.first + along * (phase.last - phase.first)
     return Aim(tau=value) if phase.kind == "tau" else Aim(sparsity=value)
 
 
