@@ -117,7 +117,7 @@ def test_distillation_of_logits_is_the_cpu_s(dtype: torch.dtype) -> None:
     weight_T = torch.rand(33, generator=generator).double()
     found = {}
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
-        logits = student.to(device, kind).requires_grad_()
+        logits = student.to(device, kind, copy=True).requires_grad_()
         loss = distill_logits(logits, teacher.to(device, kind), weight_T.to(device), temperature=2.0)
         (3 * loss).backward()
         found[device] = loss.detach().cpu().double(), logits.grad.cpu().double()
