@@ -256,12 +256,13 @@ def test_a_later_stage_goes_on_in_the_order_of_the_first() -> None:
 
 def test_tokens_epochs_and_fields_reach_the_run(run: Run, tiny: Path, text: Path) -> None:
     flags = ["--batch", 4, "--accumulation", 2, "--context", 32, "--expert-size", 4, "--seed", 3, "--bf16", "--json"]
-    fields = ["--set", "high=0.8", "--set", "temperature=2", "--checkpointing"]
+    fields = ["--set", "high=0.8", "--set", "log=True", "--set", "temperature=2", "--checkpointing"]
     code, out, _ = run(tiny, "--text", text, "-o", "a", *flags, *fields, "--tokens", 1024)
     assert code == 0
     config = json.loads(out)["config"]
     assert (config["steps"], config["accumulation"], config["seed"], config["autocast"]) == (4, 2, 3, True)
-    assert (config["temperature"], config["phases"][1]["last"]) == (2, 0.8)
+    drawn = config["phases"][1]
+    assert (config["temperature"], drawn["kind"], drawn["last"]) == (2, "random-log", 0.8)
     code, out, _ = run(tiny, "--text", text, "-o", "b", *flags, "--epochs", 0.5)
     windows = json.loads(out)["data"]["tokens"] // 32
     assert json.loads(out)["steps"] == pytest.approx(0.5 * windows / 8, abs=1)
