@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torch_prunepath import SparsifyConfig, cpu_packs, densify, sparsify
@@ -167,32 +164,8 @@ def test_a_changed_weight_is_copied_anew(change: Callable[[SparseFFN], None]) ->
     assert_right(model, after)
 
 
-@given(rows=st.integers(1, 60), columns=st.integers(1, 60), turned=st.booleans(), data=st.data())
-def test_the_sample_has_a_number_of_every_row_and_column(rows: int, columns: int, turned: bool, data: Any) -> None:
-    weight = torch.zeros(rows, columns)
-    seen = weight.t() if turned else weight
-    before = cpu_packs._sample(seen).clone()
-    if data.draw(st.booleans()):
-        weight[data.draw(st.integers(0, rows - 1))] = 1
-    else:
-        weight[:, data.draw(st.integers(0, columns - 1))] = 1
-    assert not torch.equal(cpu_packs._sample(seen), before)
-
-
 @needs_bf16
-@pytest.mark.parametrize("neuron", [0, 7, F - 1])
-def test_a_neuron_changed_through_data_is_noticed(neuron: int) -> None:
-    model = sparse_model()
-    layer_of(model).packs = Packs(every=True)
-    run(model, 3)
-    layer_of(model).down_proj.weight.data[:, neuron] *= -9  # type: ignore[index, union-attr]
-    assert_right(model, run(model))
-    layer_of(model).up_proj.weight.data[neuron] *= -9  # type: ignore[index, union-attr]
-    assert_right(model, run(model))
-
-
-@needs_bf16
-def test_a_single_number_changed_through_data_needs_clear() -> None:
+def test_a_changed_weight_of_single_neurons_needs_clear() -> None:
     model = sparse_model()
     run(model, 3)
     weight = layer_of(model).down_proj.weight

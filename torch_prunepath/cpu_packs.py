@@ -9,12 +9,14 @@ Shapes: T tokens, D hidden size, F neurons.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+SAMPLES = 256
+"""Numbers of a weight that every call compares with what they were when it was copied."""
 
 FIRST_CALL = 2
 """The call that makes the copies: one prompt alone would lose more by them than it gains."""
@@ -39,8 +41,8 @@ class Packs:
 
     No layer has them unless it is given them: ``layer.packs = Packs()``. They belong to the layer, but not to the state
     that is saved: copies and pickles of this object are empty. A changed weight is noticed by its address and version,
-    and, where something went around those (``weight.data``), by numbers of which every row and every column has one.
-    After an edit of less than a row or a column through ``weight.data``, call :meth:`clear`.
+    and, where something went around those (``weight.data``), by 256 of its numbers. After an edit of single neurons
+    through ``weight.data``, call :meth:`clear`.
 
     Args:
         every: whether ``up`` and ``gate`` are copied as well: faster at few tokens, for twice the FFN's memory.
@@ -105,9 +107,10 @@ def _pack(weight_oi: Tensor, dtype: torch.dtype) -> _Copy:
 
 def _suits(weight_oi: Tensor) -> bool:
     """Whether oneDNN has bfloat16 products, the weight's changes are counted, and its sample can be compared."""
+    rows = weight_oi if weight_oi.is_contiguous() else weight_oi.t()
     return (
         weight_oi.dtype == torch.bfloat16
-        and _in_memory(weight_oi).is_contiguous()
+        and rows.is_contiguous()
         and weight_oi.nbytes >= SMALL_BYTES
         and not weight_oi.is_inference()
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -121,15 +124,6 @@ def _state(weight_oi: Tensor) -> tuple[object, ...]:
 
 
 def _sample(weight_oi: Tensor) -> Tensor:
-    """At least one number of every row and every column, a view.
-
-    Steps through memory no longer than a row miss no row. As many of them as there are columns, of a length that has no
-    divisor in common with that number, miss no column.
-    """
-    rows, columns = _in_memory(weight_oi).shape
-    step = next(step for step in range(min(rows, columns), 0, -1) if math.gcd(step, columns) == 1)
-    return weight_oi.detach().as_strided((-(-weight_oi.numel() // step),), (step,))
-
-
-def _in_memory(weight_oi: Tensor) -> Tensor:
-    return weight_oi if weight_oi.is_contiguous() else weight_oi.t()
+    """Evenly spread numbers, a view; the odd step visits many rows and columns."""
+    step = weight_oi.numel() // SAMPLES | 1
+    return weight_oi.detach().as_strided((weight_oi.numel() // step,), (step,))
