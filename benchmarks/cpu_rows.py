@@ -2,14 +2,16 @@
 
     python benchmarks/cpu_rows.py --geometry llama-3.2-1b --expert-size 32 --dtype float32 bfloat16 --batch 1
     python benchmarks/cpu_rows.py --geometry smollm2-135m --expert-size 8 --batch 1 2 4 16 --sparsity 0.5 0.8
-    python benchmarks/cpu_rows.py --geometry llama-3.2-1b --batch 4 --sparsity 0.5 0.8 --parts
+    python benchmarks/cpu_rows.py --geometry llama-3.2-1b --batch 4 --sparsity 0.5 0.8 --parts projections
+    python benchmarks/cpu_rows.py --geometry smollm2-135m --expert-size 8 --dtype bfloat16 --batch 4 --parts routing
     python benchmarks/cpu_rows.py --published -o benchmarks/results
 
 Weights are random, the same in every layer; routers are random, another in every layer, and tau is set for each so
 that the mean sparsity over the tokens is the one asked for. Layers take turns, so that no cache holds the next one's
 weights. Dense is ``linear(silu(linear(x, gate)) * linear(x, up), down)`` with ordinary weights ``[out, in]``. Dense and
 sparse take turns as well; the table shows medians, minima in brackets. "operators" runs the four operators of the
-eager path in place of the whole one. ``--parts`` shows where gathering rows breaks even: one projection each.
+eager path in place of the whole one. ``--parts projections`` shows where gathering rows breaks even: one projection
+each. ``--parts routing`` times scores, selection and masking around dense's products, and the ratio that they leave.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from torch_prunepath import cpu_rows, ops
+from torch_prunepath import cpu_dense, cpu_rows, ops
 from torch_prunepath.bench.results import commit
 from torch_prunepath.config import num_experts
 from torch_prunepath.cpu import routed_ffn
 from torch_prunepath.cpu_packs import Packs
+from torch_prunepath.cpu_select import mask_of_tokens
 from torch_prunepath.report import machine
 from torch_prunepath.select import mask_from_scores
 
@@ -151,7 +154,7 @@ def whole(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds
     return {"sparsity": found, **times, "ratio": (dense[0] / sparse[0], dense[1] / sparse[1])}
 
 
-def parts(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
+def projections(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
     """One projection each, whatever the library would choose."""
     found = set_sparsity(layers, x_TD, sparsity)
     pairs = [cpu_rows.find_pairs(c.mask_TE, size, c.up_FD) for c in layers]
@@ -168,6 +171,36 @@ def parts(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds
     )
     share = len(pairs[0].rows_P) / len(layers[0].up_FD)
     return {"sparsity": found, "P / F": share, "up": up, "dot_rows": dot, "down": down, "sum_rows": total}
+
+
+def routing(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
+    """Dense's own products with the routing of a sparse call around them, in its order: what that alone costs."""
+    found = set_sparsity(layers, x_TD, sparsity)
+    names = ["scores", "selection", "hidden", "masking", "down"]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + len(names) * seconds
+    while time.perf_counter() < end:
+        for c in layers:
+            marks = [time.perf_counter()]
+            scores_TE = cpu_dense.scores(x_TD, c.router_ED, None, packs=c.packs)
+            marks.append(time.perf_counter())
+            mask_TE = mask_of_tokens(scores_TE, float(c.tau), "reach")
+            marks.append(time.perf_counter())
+            h_TF = nnf.silu(nnf.linear(x_TD, c.gate_FD)) * nnf.linear(x_TD, c.up_FD)
+            marks.append(time.perf_counter())
+            cpu_dense.mask_(h_TF, mask_TE, size)
+            marks.append(time.perf_counter())
+            nnf.linear(h_TF, c.down_DF)
+            marks.append(time.perf_counter())
+            for name, first, last in zip(names, marks, marks[1:], strict=False):
+                times[name].append(1e6 * (last - first))
+    ends = {name: (statistics.median(values), min(values)) for name, values in times.items()}
+    dense = tuple(map(sum, zip(ends.pop("hidden"), ends.pop("down"), strict=True)))
+    ratio = tuple(d / (d + sum(parts)) for d, *parts in zip(dense, *ends.values(), strict=True))
+    return {"sparsity": found, "dense": dense, **ends, "ratio": ratio}
+
+
+MEASURES: dict[str, Measure] = {"ffn": whole, "projections": projections, "routing": routing}
 
 
 def cell(name: str, value: Any) -> str:
@@ -231,7 +264,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each cell")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of weights that take turns")
     parser.add_argument("--copies", default="none", choices=["none", "down", "all"], help="reordered ones, in bfloat16")
-    parser.add_argument("--parts", action="store_true", help="one projection each, in place of the whole FFN")
+    parser.add_argument("--parts", choices=MEASURES, default="ffn", help="what is timed (default: the whole FFN)")
     parser.add_argument("--published", action="store_true", help="the published table, whatever else is asked for")
     parser.add_argument("-o", "--output", type=Path, help="folder for cpu-rows.json and cpu-rows.md")
     args = parser.parse_args()
@@ -240,7 +273,7 @@ def main() -> None:
     rows: list[Row] = []
     print(f"{machine()}, {torch.get_num_threads()} threads")
     for plan in published() if args.published else asked:
-        for row in measure(plan, parts if args.parts else whole, args.seconds, args.gigabytes, args.copies):
+        for row in measure(plan, MEASURES[args.parts], args.seconds, args.gigabytes, args.copies):
             if not rows:
                 print(f"| {' | '.join(row)} |")
             rows.append(row)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1]))  # so that the packages beside this script are found
-from benchmarks.common.options import dispatch
+from benchmarks.common.options import check_positive, dispatch
 from torch_prunepath.bench.results import commit
 from torch_prunepath.bench.timing import copy_bandwidth, ready, timed
 from torch_prunepath.errors import UserError
@@ -69,7 +69,12 @@ def check(name: str, way: Way, given: Sequence[Tensor]) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rows of ways, milliseconds each."""
+    """Rows of ways, milliseconds each.
+
+    Raises:
+        UserError: if numbers are not positive, there is no device, or a way is wrong.
+    """
+    check_positive({name: getattr(arguments, name) for name in ("tokens", "vocabulary", "chunk", "seconds")})
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device: give --device cpu")
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
@@ -83,7 +88,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     times = timed(calls, device, calls=1, seconds=arguments.seconds)
     rows = [{"way": name, "ms": times[name].median_us / 1e3, "least_ms": times[name].min_us / 1e3} for name in found]
     floor_ms = 3 * student_TV.nbytes / copy_bandwidth(device) * 1e3
-    about = {"tokens": shape[0], "vocabulary": shape[1], "dtype": arguments.dtype, **machine(), "commit": commit()}
+    about = {"tokens": shape[0], "vocabulary": shape[1], "dtype": arguments.dtype, **machine()}
+    about["commit"] = arguments.commit or commit()
     return {**about, "floor_ms": floor_ms, "rows": rows}
 
 
@@ -111,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = f"tokens at a time, by operators (default: {CUDA_CHUNK} on CUDA, what caches hold on a CPU)"
     parser.add_argument("--chunk", type=int, help=words)
     parser.add_argument("--seconds", type=float, default=1.0, help="about how long each way is timed")
+    parser.add_argument("--commit", help="what the results say they were made from (default: git's answer)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command="run")
     return dispatch({"run": run}, parser.parse_args(argv))

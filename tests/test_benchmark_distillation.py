@@ -33,6 +33,12 @@ def test_a_wrong_gradient_is_not_timed(capsys: pytest.CaptureFixture[str]) -> No
     assert "wrong: the gradient is off by 1.0e+00" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["tokens", "vocabulary", "chunk", "seconds"])
+def test_numbers_must_be_positive(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distillation.main([*SMALL, f"--{name}", "0"]) == 2
+    assert f"--{name} 0" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_device_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert distillation.main([]) == 2

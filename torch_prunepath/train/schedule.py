@@ -12,8 +12,6 @@ from torch_prunepath.config import check_choice, check_tau
 
 Kind = Literal["tau", "sparsity", "random", "random-log"]
 
-DRAWN = ("random", "random-log")
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -43,10 +41,15 @@ class Phase:
                 check_tau(value)
             elif not 0.0 <= value < 1.0:
                 raise ValueError(f"target sparsity {value} is outside [0, 1): 0.8 leaves a fifth of the neurons active")
-        if self.kind in DRAWN and self.first > self.last:
+        if self.drawn and self.first > self.last:
             raise ValueError(f"draw from {self.last} to {self.first}, not from {self.first} to {self.last}")
         if not self.share > 0.0:
             raise ValueError(f"share={self.share} must be positive: leave the phase out instead")
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the target is drawn for each step."""
+        return self.kind in ("random", "random-log")
 
 
 def hold(sparsity: float, share: float = 1.0) -> Phase:
@@ -96,7 +99,7 @@ def aim_at(phases: Sequence[Phase], step: int, steps: int, seed: int, batch: int
         begin = end
     start, stop = round(begin), round(end)
     along = (step - start) / max(1, stop - 1 - start)
-    if phase.kind in DRAWN:
+    if phase.drawn:
         text = f"sparsity {seed} {step}" if batch == 0 else f"sparsity {seed} {step} {batch}"
         along = (batch + random.Random(seed_of(text)).random()) / batches
     along = min(1.0, along)

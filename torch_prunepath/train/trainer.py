@@ -18,7 +18,7 @@ from torch_prunepath.train.compiling import check_compilable, compiled_with_teac
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.objective import Objective, mean_over_processes, others_frozen
 from torch_prunepath.train.optimizer import build_optimizer
-from torch_prunepath.train.schedule import DRAWN, Aim, Phase
+from torch_prunepath.train.schedule import Aim, Phase
 from torch_prunepath.train.shard import contiguous
 from torch_prunepath.train.state import Progress, Record
 
@@ -263,4 +263,4 @@ def _held(phase: Phase) -> Aim:
     """What a run that ends with this phase is for."""
     if phase.kind == "tau":
         return Aim(tau=phase.last)
-    return Aim(sparsity=(phase.first + phase.last) / 2 if phase.kind in DRAWN else phase.last)
+    return Aim(sparsity=(phase.first + phase.last) / 2 if phase.drawn else phase.last)
