@@ -31,13 +31,15 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from torch_prunepath import cpu_dense, cpu_rows, ops
 from torch_prunepath.bench.results import commit
 from torch_prunepath.config import num_experts
-from torch_prunepath.cpu import routed_ffn
-from torch_prunepath.cpu_packs import Packs
-from torch_prunepath.cpu_select import mask_of_tokens
-from torch_prunepath.report import machine
+from torch_prunepath.console.report import machine
+from torch_prunepath.ops import operators as ops
+from torch_prunepath.ops.cpu import dense as cpu_dense
+from torch_prunepath.ops.cpu import rows as cpu_rows
+from torch_prunepath.ops.cpu.ffn import routed_ffn
+from torch_prunepath.ops.cpu.packs import Packs
+from torch_prunepath.ops.cpu.select import mask_of_tokens
 from torch_prunepath.select import mask_from_scores
 
 GEOMETRIES = {  # D, F

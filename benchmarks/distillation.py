@@ -23,8 +23,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # so that the packages beside t
 from benchmarks.common.options import check_positive, dispatch
 from torch_prunepath.bench.results import commit
 from torch_prunepath.bench.timing import copy_bandwidth, ready, timed
-from torch_prunepath.errors import UserError
-from torch_prunepath.report import aligned, machine
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.console.report import aligned, machine
 from torch_prunepath.train import losses
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

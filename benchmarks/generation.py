@@ -30,7 +30,7 @@ from benchmarks.tasks.glue import read_rows
 from benchmarks.tasks.options import add_options, options_of
 from benchmarks.tasks.report import write_report
 from benchmarks.tasks.runs import run_all
-from torch_prunepath.errors import UserError
+from torch_prunepath.console.errors import UserError
 
 METRICS = ("bleu", "rouge_l")
 SCALE = {"rouge_l": 100.0}

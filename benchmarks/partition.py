@@ -27,16 +27,16 @@ from quality import commit, read_text, token_windows
 from torch import Tensor
 from tqdm import tqdm
 
-from torch_prunepath.calibrate import visit_inputs
-from torch_prunepath.cluster import balanced_kmeans, sum_of_squares
 from torch_prunepath.config import Partition, num_experts
-from torch_prunepath.data import as_inputs
+from torch_prunepath.console.report import aligned, machine
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.ffn import FFNView
-from torch_prunepath.models import load_model
-from torch_prunepath.partition import contribution_features, partition, weight_features
-from torch_prunepath.report import aligned, machine
-from torch_prunepath.router import contribution_shares
+from torch_prunepath.evaluation.models import load_model
+from torch_prunepath.experts.fit import contribution_shares
+from torch_prunepath.experts.kmeans import balanced_kmeans, sum_of_squares
+from torch_prunepath.experts.partition import contribution_features, partition, weight_features
+from torch_prunepath.inputs.data import as_inputs
+from torch_prunepath.inputs.visit import visit_inputs
+from torch_prunepath.layer.ffn import FFNView
 
 MASSES = (0.7, 0.8, 0.9)
 KINDS = ["clustered", "decaying", "unstructured"]

@@ -37,17 +37,17 @@ from torch_prunepath import (
     sparsify,
 )
 from torch_prunepath.bench.results import commit
-from torch_prunepath.calibrate import visit_inputs
-from torch_prunepath.data import Inputs, as_inputs
+from torch_prunepath.console.report import machine
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.evaluate import perplexity
-from torch_prunepath.ffn import FFNView
+from torch_prunepath.evaluation.models import load_model
+from torch_prunepath.evaluation.perplexity import perplexity
+from torch_prunepath.experts.fit import contribution_shares
+from torch_prunepath.inputs.data import Inputs, as_inputs
+from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import Routing
-from torch_prunepath.models import load_model
-from torch_prunepath.report import machine
-from torch_prunepath.router import contribution_shares
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.views import sparse_views
 from torch_prunepath.select import mask_from_scores
-from torch_prunepath.sparsify import sparse_views
 
 TOLERANCE = 0.004  # sparsity: perplexity is interpolated over at most this distance from a measured point
 PARTITIONS = ["coactivation", "kmeans", "contiguous", "random"]

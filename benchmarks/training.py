@@ -36,9 +36,9 @@ from torch_prunepath.bench.geometry import GEOMETRIES, Geometry, resolve
 from torch_prunepath.bench.layers import SCORE_SPREAD
 from torch_prunepath.bench.results import commit
 from torch_prunepath.bench.timing import peak_memory
-from torch_prunepath.errors import UserError
-from torch_prunepath.models import load_model, longest_context
-from torch_prunepath.report import aligned, machine
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.console.report import aligned, machine
+from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.train import TrainConfig, compiled_blocks, recipes, train
 
 DENSE = "dense"

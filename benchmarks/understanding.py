@@ -30,7 +30,7 @@ from benchmarks.tasks.glue import GLUE, GlueTask, preference
 from benchmarks.tasks.options import add_options, options_of
 from benchmarks.tasks.report import Halves, write_report
 from benchmarks.tasks.runs import run_all
-from torch_prunepath.errors import UserError
+from torch_prunepath.console.errors import UserError
 
 METRICS = ("accuracy", "f1")
 PERCENT = {"accuracy": 100.0, "f1": 100.0}

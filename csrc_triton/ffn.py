@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from torch_prunepath.csrc_triton import UNION_TOKENS
 from torch_prunepath.csrc_triton.down import column_blocks, down
 from torch_prunepath.csrc_triton.jit import beside
 from torch_prunepath.csrc_triton.linear import linears as linears
@@ -19,7 +20,6 @@ from torch_prunepath.csrc_triton.router import late_norm, router_one, router_spl
 from torch_prunepath.csrc_triton.select import select_experts as select_experts
 from torch_prunepath.csrc_triton.select import select_weights
 from torch_prunepath.csrc_triton.up import up
-from torch_prunepath.limits import UNION_TOKENS
 from torch_prunepath.rms import inverse_rms
 
 RANK_PAIRS = 8_000_000
@@ -64,7 +64,7 @@ def sparse_ffn(
     normalise: bool = False,
     shared: int = 0,
 ) -> Tensor:
-    """See :func:`torch_prunepath.fused.sparse_ffn`."""
+    """See :func:`torch_prunepath.ops.sparse_ffn.sparse_ffn`."""
     up_args = (up_FD, up_bias_F, gate_FD, gate_bias_F, activation, expert_size)
     T, D = x_TD.shape
     if T == 0:

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from torch_prunepath.csrc_triton import LINEARS_AT_ONCE
 from torch_prunepath.csrc_triton.jit import launch_options, overlaps
-from torch_prunepath.limits import LINEARS_AT_ONCE
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _config(inputs: int) -> dict[str, int]:
 
 
 def linears(x_1D: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
-    """See :func:`torch_prunepath.compile.linears.linears`."""
+    """See :func:`torch_prunepath.ops.linears.linears`."""
     if x_1D.shape[0] != 1 or len(weights_DN) > LINEARS_AT_ONCE:
         given = f"{len(x_1D)} and {len(weights_DN)} given"
         raise ValueError(f"linears takes one token and at most {LINEARS_AT_ONCE} layers: {given}")

@@ -27,11 +27,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq
 
-from torch_prunepath import SparsifyConfig, record_sparsity, report, set_tau, sparsify
+from torch_prunepath import SparsifyConfig, record_sparsity, set_tau, sparsify
 from torch_prunepath.baselines import train_dense
 from torch_prunepath.config import check_tau
-from torch_prunepath.errors import UserError, as_user_error
-from torch_prunepath.models import load_model
+from torch_prunepath.console import report
+from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.evaluation.models import load_model
 from torch_prunepath.train import TrainConfig, recipes, train
 
 CPU = {"steps": 20, "sparse_steps": 20, "batch": 8, "meanings": 16, "calibration_tokens": 2048}

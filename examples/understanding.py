@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from torch_prunepath import SparsifyConfig, record_sparsity, report, set_tau, sparsify
+from torch_prunepath import SparsifyConfig, record_sparsity, set_tau, sparsify
 from torch_prunepath.baselines import train_dense
 from torch_prunepath.config import check_tau
-from torch_prunepath.errors import UserError, as_user_error, one_line
+from torch_prunepath.console import report
+from torch_prunepath.console.errors import UserError, as_user_error, one_line
 from torch_prunepath.train import TrainConfig, recipes, train
 
 CPU = {"steps": 150, "sparse_steps": 150, "batch": 32, "calibration_tokens": 4096}

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from torch_prunepath.config import SparsifyConfig
-from torch_prunepath.corpus import load_corpus
-from torch_prunepath.errors import UserError, as_user_error
-from torch_prunepath.harness import NOT_INSTALLED, register
-from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.manifest import METHOD
-from torch_prunepath.onthefly import (
+from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.evaluation.corpus import load_corpus
+from torch_prunepath.evaluation.lm_eval import NOT_INSTALLED, register
+from torch_prunepath.evaluation.make_sparse import (
     Asked,
     fit_windows,
     holds_sparse_layers,
@@ -31,8 +29,10 @@ from torch_prunepath.onthefly import (
     model_tau,
     reach_sparsity,
 )
-from torch_prunepath.sparsity import set_tau, sparse_layers
-from torch_prunepath.tally import Noted, SparsityTally, first_tokens
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.layer.manifest import METHOD
+from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.sparsity import Noted, SparsityTally, first_tokens, set_tau
 
 try:
     from lm_eval.models.huggingface import HFLM

@@ -22,14 +22,8 @@ from torch import Tensor, nn
 from torch_prunepath.integrations.peft_build import Made, attach_parts, check_base, layers_of, make, remake
 from torch_prunepath.integrations.peft_config import PRUNEPATH, PrunePathConfig
 from torch_prunepath.integrations.peft_layer import STORED, PrunePathLayer, site_of
-from torch_prunepath.integrations.peft_state import (
-    drop_empty,
-    make_sparse,
-    problem_of,
-    shapes_of,
-    states_to_merge,
-)
-from torch_prunepath.manifest import Manifest, attach, describe
+from torch_prunepath.integrations.peft_state import drop_empty, make_sparse, problem_of, shapes_of, states_to_merge
+from torch_prunepath.layer.manifest import Manifest, attach, describe
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.tape import RoutingTape
 from torch_prunepath.train.terms import Targets

@@ -14,13 +14,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from torch_prunepath.config import FFNSpec, SparsifyConfig, num_experts
-from torch_prunepath.ffn import FFNView, weight_out_in
+from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer, site_of
 from torch_prunepath.layer import is_sparse
-from torch_prunepath.manifest import LayerManifest, Manifest, attached, describe, resolve
-from torch_prunepath.router import Router
-from torch_prunepath.sparsify import densify, sparsify
-from torch_prunepath.sparsity import sparse_layers
+from torch_prunepath.layer.ffn import FFNView, weight_out_in
+from torch_prunepath.layer.manifest import LayerManifest, Manifest, attached, describe, resolve
+from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.views import sparse_layers
 
 SAMPLE = 64
 """Weights of the base model that an adapter remembers, to know it again."""

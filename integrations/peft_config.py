@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig
 
 from torch_prunepath.config import SparsifyConfig, check_tau
-from torch_prunepath.manifest import Manifest
+from torch_prunepath.layer.manifest import Manifest
 
 
 class _Type(str):

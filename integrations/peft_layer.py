@@ -21,9 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from torch_prunepath.config import FFNSpec
-from torch_prunepath.ffn import bias_of, weight_out_in
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts
-from torch_prunepath.router import Router
+from torch_prunepath.layer.ffn import bias_of, weight_out_in
+from torch_prunepath.layer.router import Router
 
 STORED = "routing"
 """Under this name a layer's adapters stand in state dicts, ``prunepath.routing.<adapter>.router.weight``, and not under

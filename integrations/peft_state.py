@@ -12,11 +12,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from torch_prunepath.ffn import FFNView
 from torch_prunepath.integrations.peft_build import layers_of
 from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer
-from torch_prunepath.router import Router
-from torch_prunepath.swap import make_dense, make_routed
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.swap import make_dense, make_routed
 
 Shape = tuple[int, ...]
 _OURS = re.compile(r"\.prunepath(_\w+)?\.[a-z.]+$")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from torch_prunepath.layer import SparseFFN, is_sparse
-from torch_prunepath.sparsity import sparse_layers
+from torch_prunepath.layer.views import sparse_layers
 
 try:
     from torchao import quantization

@@ -1,7 +1,7 @@
 """Makes ``from_pretrained`` rebuild sparse models, as a quantization method that quantises nothing.
 
 transformers builds the dense model without weights, this method makes it sparse
-(:func:`torch_prunepath.manifest.rebuild`), and the ordinary loading fills in weights, routers and permutations.
+(:func:`torch_prunepath.layer.manifest.rebuild`), and the ordinary loading fills in weights, routers and permutations.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from torch_prunepath.ffn import FFNView
-from torch_prunepath.manifest import METHOD, Manifest, rebuild, resolve, saved_names
-from torch_prunepath.sparsity import set_tau, sparse_layers
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.manifest import METHOD, Manifest, rebuild, resolve, saved_names
+from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.sparsity import set_tau
 
 
 @register_quantization_config(METHOD)

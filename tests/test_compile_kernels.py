@@ -27,7 +27,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_kernels_compile(target: str, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).with_name("tools") / "compile_kernels.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, script, target], capture_output=True, text=True, env=environment)

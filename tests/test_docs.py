@@ -26,7 +26,8 @@ from lm_eval_tasks import isolate, write_tiny_tasks
 from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 
 import torch_prunepath
-from torch_prunepath import SparsifyConfig, cli, sparse_layers, sparsify
+from torch_prunepath import SparsifyConfig, sparse_layers, sparsify
+from torch_prunepath.commands import cli
 from torch_prunepath.train import TrainConfig, recipes
 from torch_prunepath.train.config import LOSSES
 

@@ -25,7 +25,7 @@ from tiny_llama import byte_tokenizer, save_tiny_llama
 from transformers import BertConfig, BertModel
 
 import torch_prunepath
-from torch_prunepath.models import SMOLLM2, cache_folder, fetch
+from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "families.md"

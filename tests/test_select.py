@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_prunepath.reference import select_reference
+from torch_prunepath.layer.reference import select_reference
 from torch_prunepath.select import mask_from_scores, select_experts
 
 SLACK = 1e-5  # float32 sums may be taken in any order: experts this near to tau may differ

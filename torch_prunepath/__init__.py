@@ -10,16 +10,19 @@ from __future__ import annotations
 import torch_prunepath.integrations.transformers  # noqa: F401
 from torch_prunepath.checkpoint import load
 from torch_prunepath.config import FFNSpec, SparsifyConfig
+from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.discover import find_ffns
+from torch_prunepath.experts.fit import fit_routers
 from torch_prunepath.layer import Routing
-from torch_prunepath.refit import fit_routers
-from torch_prunepath.sparsify import densify, sparsify
-from torch_prunepath.sparsity import record_sparsity, register_routing_hook, set_sparsity, set_tau, sparse_layers
+from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.ops.cpu.packs import Packs
+from torch_prunepath.sparsity import record_sparsity, register_routing_hook, set_sparsity, set_tau
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FFNSpec",
+    "Packs",
     "Routing",
     "SparsifyConfig",
     "densify",

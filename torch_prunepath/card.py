@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.sparsity import SparsityRecord, sparse_layers
+from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.sparsity import SparsityRecord
 
 CARD = "README.md"
 

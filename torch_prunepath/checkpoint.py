@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from torch_prunepath.config import num_experts
-from torch_prunepath.ffn import site_name
-from torch_prunepath.manifest import METHOD, Manifest
+from torch_prunepath.layer.ffn import site_name
+from torch_prunepath.layer.manifest import METHOD, Manifest
 
 
 def read_manifest(directory: str | Path) -> Manifest:

@@ -89,8 +89,8 @@ class SparsifyConfig:
 
     Attributes:
         expert_size: S, neurons an expert. The last expert is smaller where F is no multiple of S.
-        partition: how neurons are grouped (see :mod:`torch_prunepath.partition`).
-        router: how routers start (see :mod:`torch_prunepath.router`).
+        partition: how neurons are grouped (see :mod:`torch_prunepath.experts.partition`).
+        router: how routers start (see :mod:`torch_prunepath.layer.router`).
         router_norm: whether a router reads each token divided by its root mean square, so that how large a token is
             does not decide how sure the router is of it. Nothing is learnt for it.
         shared_experts: the first k experts of each layer, always active and with gate 1; the router chooses among the
@@ -101,7 +101,8 @@ class SparsifyConfig:
         gate: weight of an active expert's output: ``"one"``, or ``"sigmoid"`` of its score (arXiv 2605.28283).
         gate_offset: constant added to every score inside the sigmoid gate, which softmax would not see.
         budget: ``"uniform"``: one tau for all layers; ``"sensitivity"``: each layer's tau follows from the model's by
-            how well the layer bears to lose mass, measured on the calibration data (see :mod:`torch_prunepath.budget`).
+            how well the layer bears to lose mass, measured on the calibration data (see
+            :mod:`torch_prunepath.experts.budget`).
         calibration_tokens: tokens taken from the calibration data, at most.
         seed: seed of everything random in the conversion.
     """

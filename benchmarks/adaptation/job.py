@@ -18,8 +18,8 @@ from benchmarks.adaptation.measure import Constant, Knob, Unreachable, perplexit
 from benchmarks.common.store import digest
 from torch_prunepath.sparsity import set_tau
 from torch_prunepath.train import TrainConfig, train
+from torch_prunepath.train.batches import Later
 from torch_prunepath.train.loop import steps_of
-from torch_prunepath.train.stages import Later
 
 WARM_STEPS = 3
 """Steps whose time is not counted in the median: the first ones load and compile kernels."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks.adaptation.options import VALID, Settings
 from benchmarks.common.store import Store, digest
 from benchmarks.quality import read_text
-from torch_prunepath.errors import UserError
-from torch_prunepath.models import load_model, longest_context
-from torch_prunepath.train.material import Batches
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.evaluation.models import load_model, longest_context
+from torch_prunepath.train.batches import Batches
 
 CHUNK = 1 << 16
 """Characters that are tokenised together, about: chunks are tokenised side by side."""

@@ -15,7 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath.baselines import Thresholding
-from torch_prunepath.data import evaluation_mode
+from torch_prunepath.inputs.data import evaluation_mode
 from torch_prunepath.sparsity import record_sparsity, set_tau
 from torch_prunepath.train.controller import LOGIT_RANGE, logit, sigmoid
 

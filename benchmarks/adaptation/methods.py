@@ -33,7 +33,7 @@ from torch_prunepath.baselines import (
     train_dense,
 )
 from torch_prunepath.baselines.sigmoid import PUBLISHED_TAU
-from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.integrations.peft import PrunePathConfig
 from torch_prunepath.train import Phase, TrainConfig, draw, fixed_tau, hold, recipes, train
 

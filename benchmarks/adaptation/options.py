@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.options import check_device, check_positive, check_shares
-from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.train.compiling import check_how
 
 DATA_FILES = {"train": "books_train.txt.xz", "books": "books_test.txt.xz", "wikitext2": "wikitext2_test.raw.txt.gz"}

@@ -17,7 +17,7 @@ from benchmarks.adaptation.material import Material
 from benchmarks.adaptation.methods import METHODS, check
 from benchmarks.adaptation.options import Settings
 from benchmarks.common.report import origin
-from torch_prunepath.errors import as_user_error
+from torch_prunepath.console.errors import as_user_error
 
 
 def plan(

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.analyses import variants
 from benchmarks.analyses.study import Study, add_options
 from benchmarks.common.options import value_of
-from torch_prunepath.errors import UserError
+from torch_prunepath.console.errors import UserError
 
 NAME = "ablations"
 OPEN = 8.0

@@ -23,12 +23,12 @@ from benchmarks.analyses.study import Part, Row, Study, add_checkpoints, add_opt
 from benchmarks.common.options import check_positive
 from benchmarks.common.report import markdown
 from torch_prunepath import register_routing_hook, set_tau, sparse_layers
-from torch_prunepath.errors import UserError
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.experts.fit import contribution_shares
 from torch_prunepath.layer import RoutedExperts, Routing
-from torch_prunepath.ops import expand_experts
-from torch_prunepath.router import contribution_shares
+from torch_prunepath.layer.views import sparse_views
+from torch_prunepath.ops.operators import expand_experts
 from torch_prunepath.select import sigmoid_gates
-from torch_prunepath.sparsify import sparse_views
 
 NAME = "reconstruction"
 METHODS = ("ours", "lte", "moefication-mlp", "moefication-centroid")

@@ -23,9 +23,9 @@ from benchmarks.adaptation.options import add_material, settings_of
 from benchmarks.common.options import add_compile, changes, check_positive
 from benchmarks.common.report import figure, origin, origins, save, spread_of, write
 from benchmarks.common.store import Store, digest, digest_of_model
-from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.evaluation.models import load_model
 from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.models import load_model
 from torch_prunepath.train import train
 
 Row = dict[str, Any]

@@ -14,7 +14,7 @@ from benchmarks.analyses.study import Part, Row, Study, add_checkpoints, add_opt
 from benchmarks.common.report import markdown
 from torch_prunepath import set_tau
 from torch_prunepath.config import check_tau
-from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.console.errors import UserError, as_user_error
 
 NAME = "taus"
 METHODS = ("ours", "held", "lte", "prunepath")

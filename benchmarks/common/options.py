@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torch_prunepath.errors import UserError
+from torch_prunepath.console.errors import UserError
 
 
 def changes(given: Sequence[str], known: Mapping[str, Collection[str]]) -> dict[str, dict[str, Any]]:

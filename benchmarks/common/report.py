@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common.store import replacing
 from torch_prunepath.bench.results import commit
-from torch_prunepath.report import machine
+from torch_prunepath.console.report import machine
 
 STEM = "report"
 """Of a report's files: its text (.md), numbers (.json) and plot (.png)."""

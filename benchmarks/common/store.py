@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from torch_prunepath.errors import UserError, one_line
-from torch_prunepath.output import writing
+from torch_prunepath.console.errors import UserError, one_line
+from torch_prunepath.console.output import writing
 
 Run = dict[str, Any]
 

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from benchmarks.common.store import Run, digest
 from benchmarks.tasks.glue import CALIBRATION_BATCHES, Inputs, Row, Shuffled, padded, read_rows
 from benchmarks.tasks.runs import measured
-from torch_prunepath.data import evaluation_mode
-from torch_prunepath.errors import UserError
-from torch_prunepath.models import load_model
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.evaluation.models import load_model
+from torch_prunepath.inputs.data import evaluation_mode
 from torch_prunepath.train.batches import IGNORED
 
 SCORERS = ("rouge_score", "sacrebleu")

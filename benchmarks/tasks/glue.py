@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.store import digest
 from benchmarks.tasks.runs import measured, unheard
-from torch_prunepath.errors import UserError, as_user_error, one_line
+from torch_prunepath.console.errors import UserError, as_user_error, one_line
 from torch_prunepath.train.batches import IGNORED
 
 Row = dict[str, Any]

@@ -16,16 +16,7 @@ from torch import nn
 
 from benchmarks.tasks.work import Ready, Work
 from torch_prunepath import SparsifyConfig, set_sparsity, sparsify
-from torch_prunepath.baselines import (
-    LTE,
-    MoEfication,
-    d2dmoe,
-    enforce_sparsity,
-    lte,
-    moefication,
-    prune,
-    train_dense,
-)
+from torch_prunepath.baselines import LTE, MoEfication, d2dmoe, enforce_sparsity, lte, moefication, prune, train_dense
 from torch_prunepath.baselines.pruning import Score
 from torch_prunepath.config import check_choice
 from torch_prunepath.train import TrainConfig, fixed_tau, hold, recipes, train

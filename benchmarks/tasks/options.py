@@ -13,7 +13,7 @@ import torch
 from benchmarks.common.options import add_compile, changes, check_device, check_positive, check_shares
 from benchmarks.common.store import digest_of_model
 from benchmarks.tasks.methods import METHODS, check
-from torch_prunepath.errors import UserError, as_user_error
+from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.train.compiling import check_how
 
 

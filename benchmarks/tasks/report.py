@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.common.report import figure, origins, save, spread_of, write
 from benchmarks.common.store import Run, Store
 from benchmarks.tasks.methods import METHODS
-from torch_prunepath.errors import UserError
-from torch_prunepath.report import aligned
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.console.report import aligned
 
 Row = dict[str, Any]
 

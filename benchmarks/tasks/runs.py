@@ -30,8 +30,8 @@ from benchmarks.tasks.options import Options
 from benchmarks.tasks.work import Data, Ready, Work
 from torch_prunepath import record_sparsity
 from torch_prunepath.baselines import train_dense
-from torch_prunepath.data import evaluating
-from torch_prunepath.errors import UserError, one_line
+from torch_prunepath.console.errors import UserError, one_line
+from torch_prunepath.inputs.data import evaluating
 from torch_prunepath.sparsity import SparsityRecord
 from torch_prunepath.train import TrainConfig
 from torch_prunepath.train.loop import steps_of

@@ -13,8 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-from torch_prunepath.corpus import help_topics
-from torch_prunepath.models import SMOLLM2, cache_folder, fetch, load_gguf
+from torch_prunepath.evaluation.corpus import help_topics
+from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch, load_gguf
 
 PASSAGE = 1500
 """Characters of a passage, about."""

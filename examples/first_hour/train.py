@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torch_prunepath import set_tau
 from torch_prunepath.checkpoint import read_info
-from torch_prunepath.corpus import help_topics, windows
+from torch_prunepath.evaluation.corpus import help_topics, windows
 from torch_prunepath.integrations.peft import PrunePathConfig
 from torch_prunepath.train import TrainConfig, draw, train
 

@@ -21,13 +21,14 @@ from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 import torch_prunepath
-from torch_prunepath import SparsifyConfig, harness, record_sparsity, set_tau
-from torch_prunepath.errors import UserError
+from torch_prunepath import SparsifyConfig, record_sparsity, set_tau
+from torch_prunepath.commands.sweep.scores import scores_of
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.evaluation import lm_eval as harness
+from torch_prunepath.evaluation.make_sparse import model_tau
 from torch_prunepath.integrations.lm_eval import PrunePathLM, first_where
 from torch_prunepath.integrations.peft import PrunePathConfig
 from torch_prunepath.layer import Routing
-from torch_prunepath.onthefly import model_tau
-from torch_prunepath.sweep.scores import scores_of
 
 FAST = {"expert_size": 4, "partition": "random", "router": "zero", "budget": "uniform"}
 SPARSE = SparsifyConfig(expert_size=5, partition="random", router="centroid", budget="uniform")
@@ -439,7 +440,7 @@ def test_the_command_line_tells_mistakes_in_one_line(dense: Path, tasks: Path, t
 
 def test_the_hook_sees_what_ran() -> None:
     """The tally's own arithmetic, with a last expert that is smaller."""
-    from torch_prunepath.tally import SparsityTally
+    from torch_prunepath.sparsity import SparsityTally
 
     model = sparse_llama()  # 64 neurons in experts of 5: the last has 4
     tally = SparsityTally(model)

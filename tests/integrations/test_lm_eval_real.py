@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from lm_eval_tasks import write_arc_easy, write_olmo_tasks
 
-from torch_prunepath.models import SMOLLM2, cache_folder, fetch, load_gguf
-from torch_prunepath.sweep.scores import scores_of
+from torch_prunepath.commands.sweep.scores import scores_of
+from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch, load_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torch_prunepath import SparsifyConfig, find_ffns, sparsify
-from torch_prunepath.ffn import FFNView
 from torch_prunepath.integrations.peft import PrunePathConfig
+from torch_prunepath.layer.ffn import FFNView
 
 WEIGHTS = "adapter_model.safetensors"
 FROM_WEIGHTS = SparsifyConfig(partition="kmeans", router="centroid", budget="uniform")

@@ -10,10 +10,10 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from torch import Tensor, nn
 
 import torch_prunepath
-from torch_prunepath.corpus import fit_and_test, help_topics
-from torch_prunepath.evaluate import perplexity
+from torch_prunepath.evaluation.corpus import fit_and_test, help_topics
+from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch, load_gguf, load_model
+from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.integrations.peft import PrunePathConfig
-from torch_prunepath.models import SMOLLM2, cache_folder, fetch, load_gguf, load_model
 from torch_prunepath.train import TrainConfig, hold, train
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]

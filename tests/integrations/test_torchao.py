@@ -20,7 +20,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 
 from torch_prunepath import SparsifyConfig, densify, record_sparsity, set_sparsity, set_tau, sparse_layers, sparsify
 from torch_prunepath.integrations.torchao import quantize_
-from torch_prunepath.router import Router
+from torch_prunepath.layer.router import Router
 
 CONFIG = SparsifyConfig(expert_size=8, partition="kmeans", router="centroid", budget="uniform")
 IDS = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_prunepath import SparsifyConfig, densify, fit_routers, record_sparsity, set_sparsity, sparse_layers, sparsify
 from torch_prunepath.integrations.peft import PrunePathConfig
-from torch_prunepath.sparsify import sparse_views
+from torch_prunepath.layer.views import sparse_views
 from torch_prunepath.train import TrainConfig, fixed_tau, train
 from torch_prunepath.train.tape import RoutingTape
 

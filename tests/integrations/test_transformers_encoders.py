@@ -31,7 +31,7 @@ from torch_prunepath import (
     sparse_layers,
     sparsify,
 )
-from torch_prunepath.calibrate import PaddingTracker
+from torch_prunepath.inputs.padding import PaddingTracker
 
 SIGMOID = SparsifyConfig(expert_size=4, gate="sigmoid", gate_offset=2.0)
 DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 37, "n_layers": 2, "n_heads": 4}

@@ -11,17 +11,9 @@ from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
-from torch_prunepath import (
-    SparsifyConfig,
-    convert,
-    densify,
-    record_sparsity,
-    set_sparsity,
-    set_tau,
-    sparse_layers,
-    sparsify,
-)
+from torch_prunepath import SparsifyConfig, densify, record_sparsity, set_sparsity, set_tau, sparse_layers, sparsify
 from torch_prunepath.card import model_card, write_card
+from torch_prunepath.commands import sparsify as convert
 
 CONFIG = SparsifyConfig(expert_size=8, partition="kmeans", router="centroid", budget="uniform")
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_prunepath import ops
 from torch_prunepath.activations import ACTIVATIONS
-from torch_prunepath.reference import router_scores_reference, select_reference
+from torch_prunepath.layer.reference import router_scores_reference, select_reference
+from torch_prunepath.ops import operators as ops
 
 ffn = pytest.importorskip("torch_prunepath.csrc_triton.ffn")
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_prunepath.reference import select_reference
+from torch_prunepath.layer.reference import select_reference
 
 kernels = pytest.importorskip("torch_prunepath.csrc_triton.ffn")
 NEAR = 1e-5

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from torch_prunepath.config import SparsifyConfig
+from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.sparsify import densify, sparsify
-from torch_prunepath.sparsity import sparse_layers
+from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.loop import train
 from torch_prunepath.train.schedule import all_experts

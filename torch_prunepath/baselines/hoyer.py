@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.baselines.dense import train_dense
-from torch_prunepath.calibrate import PaddingTracker, removing
 from torch_prunepath.config import check_choice
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.ffn import FFNView
+from torch_prunepath.inputs.padding import PaddingTracker
+from torch_prunepath.inputs.visit import removing
+from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.losses import weighted_mean
 

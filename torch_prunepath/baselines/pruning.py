@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, calibration_inputs
 from torch_prunepath.baselines.widths import tell_config
-from torch_prunepath.calibrate import visit_inputs
 from torch_prunepath.config import check_choice
-from torch_prunepath.data import Inputs
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.ffn import FFNView, bias_of, is_transposed
+from torch_prunepath.inputs.data import Inputs
+from torch_prunepath.inputs.visit import visit_inputs
+from torch_prunepath.layer.ffn import FFNView, bias_of, is_transposed
 
 logger = logging.getLogger(__name__)
 

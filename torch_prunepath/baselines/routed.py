@@ -2,7 +2,7 @@
 
 A baseline is our own sparse layers with these two replaced, so that training, sparsity targets and records are the same
 code for every method. It is there to be compared with. A checkpoint holds it if its rule is one of
-:data:`torch_prunepath.rules.HELD` (LTE); a model that is saved with another on it loads as the dense model.
+:data:`torch_prunepath.layer.rules.HELD` (LTE); a model that is saved with another on it loads as the dense model.
 
 Shapes: N calibration tokens, D hidden size, E experts.
 """
@@ -16,16 +16,18 @@ from typing import Any, Self
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torch_prunepath.calibrate import visit_inputs
 from torch_prunepath.config import Gate, SparsifyConfig, check_tau
-from torch_prunepath.data import Inputs, as_inputs, can_sample, sample_text
-from torch_prunepath.ffn import FFNView
-from torch_prunepath.layer import RoutedExperts, SelectionRule
-from torch_prunepath.manifest import attach, attached, describe
-from torch_prunepath.router import Router
-from torch_prunepath.rules import HELD
-from torch_prunepath.sparsify import densify, sparse_views, sparsify
-from torch_prunepath.sparsity import set_sparsity, set_tau, sparse_layers
+from torch_prunepath.conversion import densify, sparsify
+from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sample_text
+from torch_prunepath.inputs.visit import visit_inputs
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.manifest import attach, attached, describe
+from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.rules import HELD
+from torch_prunepath.layer.sparse import SelectionRule
+from torch_prunepath.layer.views import sparse_layers, sparse_views
+from torch_prunepath.sparsity import set_sparsity, set_tau
 
 CALIBRATION_TOKENS = 16384
 """Calibration tokens used, at most, unless the caller says otherwise."""

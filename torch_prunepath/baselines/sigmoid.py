@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch_prunepath.baselines.routed import RoutedBaseline, convert
 from torch_prunepath.baselines.routers import linear
 from torch_prunepath.config import num_experts
-from torch_prunepath.ffn import FFNView
-from torch_prunepath.router import Router
-from torch_prunepath.rules import above_threshold
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.rules import above_threshold
 from torch_prunepath.sparsity import set_tau
 
 PUBLISHED_TAU = 0.5

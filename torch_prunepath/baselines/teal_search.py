@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.baselines.quantiles import Quantiles
-from torch_prunepath.ffn import FFNView
+from torch_prunepath.layer.ffn import FFNView
 
 STEP = 0.05
 """How much sparser one matrix becomes in a step, if matrices are of one size."""

@@ -29,10 +29,11 @@ from torch_prunepath.baselines.quantiles import Quantiles
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, calibration_inputs
 from torch_prunepath.baselines.teal_search import Path, greedy_path, matrices, uniform_path
 from torch_prunepath.baselines.top_k import gate_activations
-from torch_prunepath.calibrate import PaddingTracker, visit_inputs
 from torch_prunepath.config import check_choice
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.ffn import FFNView
+from torch_prunepath.inputs.padding import PaddingTracker
+from torch_prunepath.inputs.visit import visit_inputs
+from torch_prunepath.layer.ffn import FFNView
 
 Allocation = Literal["greedy", "uniform"]
 

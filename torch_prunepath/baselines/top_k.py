@@ -21,9 +21,10 @@ from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, RoutedBaseline, calibration_inputs, convert
 from torch_prunepath.baselines.routers import MLPRouter, UnitRouter, fit
 from torch_prunepath.config import check_choice
-from torch_prunepath.ffn import FFNView
-from torch_prunepath.router import Router, centroid_init, expert_sums
-from torch_prunepath.rules import top_share
+from torch_prunepath.experts.fit import centroid_init
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.router import Router, expert_sums
+from torch_prunepath.layer.rules import top_share
 from torch_prunepath.sparsity import set_tau
 
 MoEficationRouter = Literal["mlp", "centroid"]

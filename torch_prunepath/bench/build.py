@@ -17,14 +17,15 @@ from torch_prunepath.bench.layers import SCORE_SPREAD
 from torch_prunepath.bench.options import DecodeOptions
 from torch_prunepath.bench.sources import is_sparse_checkpoint, load_folder
 from torch_prunepath.config import SparsifyConfig
-from torch_prunepath.data import evaluating
+from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.errors import UserError, as_user_error
-from torch_prunepath.ffn import FFNView
+from torch_prunepath.evaluation.models import longest_context
+from torch_prunepath.inputs.data import evaluating
 from torch_prunepath.layer import Routing
-from torch_prunepath.models import longest_context
-from torch_prunepath.sparsify import densify, sparsify
-from torch_prunepath.sparsity import register_routing_hook, set_tau, sparse_layers
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.sparsity import register_routing_hook, set_tau
 
 SCALING_TOKENS = 64
 """Random tokens on which the spread of routers' scores, and the size of FFNs' outputs, is measured."""

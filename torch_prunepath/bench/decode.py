@@ -26,11 +26,12 @@ from torch_prunepath.bench.requests import Requests, paired
 from torch_prunepath.bench.sides import CHECKED_CALLS, Measured, check_steps, describe, ready_steps, time_steps
 from torch_prunepath.bench.timing import copy_bandwidth
 from torch_prunepath.bench.wholes import reach, rounding_noise, traffic, weight_bytes
+from torch_prunepath.console.errors import as_user_error
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.errors import as_user_error
-from torch_prunepath.ffn import FFNView
-from torch_prunepath.models import longest_context
-from torch_prunepath.sparsity import set_tau, sparse_layers
+from torch_prunepath.evaluation.models import longest_context
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.sparsity import set_tau
 
 SEARCHED_CALLS = 4
 """Decoding steps on which tau is searched; prompts are read once."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.bench.layers import Layer
-from torch_prunepath.errors import UserError
-from torch_prunepath.ops import expand_experts
-from torch_prunepath.reference import router_scores_reference
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.layer.reference import router_scores_reference
+from torch_prunepath.ops.operators import expand_experts
 
 MASS_TOLERANCE = 1e-5
 """Experts whose mass_before lies this near to tau may be active or not."""

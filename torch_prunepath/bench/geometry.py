@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch_prunepath.errors import UserError
+from torch_prunepath.console.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from torch_prunepath import fused
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.bench.geometry import Geometry
 from torch_prunepath.config import num_experts
-from torch_prunepath.ops import expand_experts, router_scores, select_experts
+from torch_prunepath.ops import sparse_ffn as fused
+from torch_prunepath.ops.operators import expand_experts, router_scores, select_experts
 
 SCORE_SPREAD = 3.0
 """Standard deviation of a random router's scores over the experts."""
@@ -31,7 +31,7 @@ LAYOUTS = ("linear", "rows")
 
 @dataclass(frozen=True)
 class Layer:
-    """One FFN with its router; arguments as in :func:`torch_prunepath.fused.sparse_ffn`.
+    """One FFN with its router; arguments as in :func:`torch_prunepath.ops.sparse_ffn.sparse_ffn`.
 
     Attributes:
         down_DF: a copy of down in the layout of ``nn.Linear``, for the dense computation.

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from torch_prunepath.bench.geometry import resolve
-from torch_prunepath.errors import UserError
+from torch_prunepath.console.errors import UserError
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -17,8 +17,8 @@ from torch.autograd import DeviceType
 
 from torch_prunepath.bench.decoder import Step, Work
 from torch_prunepath.bench.options import DecodeOptions
-from torch_prunepath.errors import UserError, write_error
-from torch_prunepath.report import aligned
+from torch_prunepath.console.errors import UserError, write_error
+from torch_prunepath.console.report import aligned
 
 LONGEST_NAME = 100
 """Characters of a kernel's name that are shown: templates spell out all their arguments."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from torch_prunepath import report
 from torch_prunepath.bench.options import Options
-from torch_prunepath.output import output_folder, writing
+from torch_prunepath.console import report
+from torch_prunepath.console.output import output_folder, writing
 
 FILE = "results.json"
 PLOT = "speedup.png"

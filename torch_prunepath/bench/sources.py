@@ -21,15 +21,15 @@ from torch_prunepath.bench.options import FFNOptions
 from torch_prunepath.bench.timing import cache_bytes, free_bytes
 from torch_prunepath.checkpoint import load
 from torch_prunepath.config import num_experts
-from torch_prunepath.corpus import load_corpus, windows
-from torch_prunepath.data import evaluating
+from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.discover import find_ffns
-from torch_prunepath.errors import UserError, as_user_error
-from torch_prunepath.ffn import FFNView
+from torch_prunepath.evaluation.corpus import load_corpus, windows
+from torch_prunepath.evaluation.models import longest_context
+from torch_prunepath.inputs.data import evaluating
 from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.manifest import METHOD
-from torch_prunepath.models import longest_context
-from torch_prunepath.sparsify import sparse_views
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.manifest import METHOD
+from torch_prunepath.layer.views import sparse_views
 
 CACHES = 4
 """What one pass over the layers reads exceeds the last cache this many times, also at the highest sparsity."""

@@ -17,10 +17,10 @@ from torch_prunepath.bench.decoder import Work, logits_of
 from torch_prunepath.bench.floor import Traffic
 from torch_prunepath.bench.gate import relative_rms
 from torch_prunepath.bench.layers import Usage
-from torch_prunepath.calibrate import removing
+from torch_prunepath.inputs.visit import removing
 from torch_prunepath.layer import Routing
-from torch_prunepath.sparsify import sparse_views
-from torch_prunepath.sparsity import register_routing_hook, set_tau, sparse_layers
+from torch_prunepath.layer.views import sparse_layers, sparse_views
+from torch_prunepath.sparsity import register_routing_hook, set_tau
 
 SEARCH_STEPS = 14
 NOISE_ROUNDINGS = 8.0

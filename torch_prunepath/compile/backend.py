@@ -18,9 +18,10 @@ from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from torch_prunepath import activations, fused, ops
-from torch_prunepath.compile import decoding, graph, inline, linears, passes
+from torch_prunepath import activations
+from torch_prunepath.compile import decoding, graph, inline, passes
 from torch_prunepath.compile.passes import PASSES, run_passes
+from torch_prunepath.ops import linears, operators, sparse_ffn
 
 DISABLE = "prunepath.disable"
 """The option that names the passes to leave out."""
@@ -28,7 +29,8 @@ DISABLE = "prunepath.disable"
 HOOK = "post_grad_custom_pre_pass"
 
 SOURCES = tuple(
-    str(Path(str(module.__file__))) for module in (activations, fused, ops, decoding, graph, inline, linears, passes)
+    str(Path(str(module.__file__)))
+    for module in (activations, sparse_ffn, operators, decoding, graph, inline, linears, passes)
 )
 """What a compiled graph depends on beside its own operators: the passes, and what they inline."""
 

@@ -10,8 +10,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torch_prunepath.compile.graph import aten, calls, overload, same_shape, skip_reshapes
-from torch_prunepath.compile.linears import linears
-from torch_prunepath.limits import LINEARS_AT_ONCE
+from torch_prunepath.csrc_triton import LINEARS_AT_ONCE
+from torch_prunepath.ops.linears import linears
 
 # --- fuse_linears -----------------------------------------------------------------------------------------------------
 

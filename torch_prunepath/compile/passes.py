@@ -16,7 +16,6 @@ from typing import Any
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torch_prunepath import ops
 from torch_prunepath.compile.decoding import fuse_linears, share_heads
 from torch_prunepath.compile.graph import (
     Operator,
@@ -34,8 +33,9 @@ from torch_prunepath.compile.graph import (
     used_only_by,
 )
 from torch_prunepath.compile.inline import inline
-from torch_prunepath.fused import sparse_ffn
-from torch_prunepath.limits import UNION_TOKENS
+from torch_prunepath.csrc_triton import UNION_TOKENS
+from torch_prunepath.ops import operators as ops
+from torch_prunepath.ops.sparse_ffn import sparse_ffn
 
 Pass = Callable[[fx.Graph, bool], int]
 """``(graph, training) -> places changed``; ``training``: whether gradients will be taken through the graph."""

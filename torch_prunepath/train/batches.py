@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_prunepath.data import Inputs, can_sample
+from torch_prunepath.inputs.data import Inputs, can_sample
 
 IGNORED = -100
 """The label that no loss counts."""
@@ -118,3 +120,50 @@ def endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
 def take(batches: Iterator[Any], number: int) -> list[Any]:
     """The next ``number`` batches."""
     return list(islice(batches, number))
+
+
+class Batches:
+    """Windows as batches of model inputs, in an order that the seed decides: the same in every pass.
+
+    Args:
+        window_NC: int64 ``[N, C]``.
+        rows: windows a batch, at most.
+        seed: of the order.
+    """
+
+    def __init__(self, window_NC: Tensor, rows: int, seed: int) -> None:
+        order_N = torch.randperm(len(window_NC), generator=torch.Generator().manual_seed(seed))
+        self.rows, self._window_NC = rows, window_NC[order_N]
+
+    def __len__(self) -> int:
+        return -(-len(self._window_NC) // self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for window_BC in self._window_NC.split(self.rows):
+            yield {"input_ids": window_BC}
+
+    def fingerprint(self) -> str:
+        """Differs where the batches do."""
+        found = hashlib.sha256(f"{self.rows} {tuple(self._window_NC.shape)}".encode())
+        found.update(self._window_NC.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+
+class Later:
+    """Batches that begin later in their order: a stage goes on where the one before it stopped.
+
+    Args:
+        batches: sized; in the same order each time.
+        skip: how many came before.
+    """
+
+    def __init__(self, batches: Any, skip: int) -> None:
+        self._batches, self._length = batches, len(batches)
+        self._skip = skip % max(1, self._length)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from itertools.islice(self._batches, self._skip, None)
+        yield from itertools.islice(self._batches, self._skip)

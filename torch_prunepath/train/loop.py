@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from torch_prunepath.data import evaluation_mode
+from torch_prunepath.inputs.data import evaluation_mode
 from torch_prunepath.sparsity import set_tau
 from torch_prunepath.train.batches import endless, take
 from torch_prunepath.train.compiling import check_compilable, compiled_with_teacher, keep_gradients

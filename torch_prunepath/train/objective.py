@@ -11,18 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_prunepath.calibrate import quiet
-from torch_prunepath.data import Inputs
+from torch_prunepath.inputs.data import Inputs
+from torch_prunepath.inputs.visit import quiet
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.sparsity import layer_tau
-from torch_prunepath.train.batches import (
-    as_dict,
-    count_labels,
-    count_tokens,
-    is_causal,
-    on_device,
-    with_labels,
-)
+from torch_prunepath.train.batches import as_dict, count_labels, count_tokens, is_causal, on_device, with_labels
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.optimizer import trained
 from torch_prunepath.train.schedule import aim_at

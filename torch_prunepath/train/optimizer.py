@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from torch_prunepath.sparsity import sparse_layers
+from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.train.config import TrainConfig
 
 

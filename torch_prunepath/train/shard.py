@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_prunepath.sparsify import sparse_views
-from torch_prunepath.sparsity import sparse_layers
+from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.train.config import TrainConfig
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_prunepath.calibrate import PaddingTracker, removing
-from torch_prunepath.ffn import FFNView
+from torch_prunepath.inputs.padding import PaddingTracker
+from torch_prunepath.inputs.visit import removing
 from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.sparsify import sparse_views
-from torch_prunepath.sparsity import sparse_layers
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.views import sparse_layers, sparse_views
 
 
 @dataclass

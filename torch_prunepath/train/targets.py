@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from torch_prunepath.ffn import FFNView
-from torch_prunepath.router import contribution_shares
+from torch_prunepath.experts.fit import contribution_shares
+from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.train.schedule import seed_of
 from torch_prunepath.train.tape import RoutedCall
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_prunepath.data import Inputs
+from torch_prunepath.inputs.data import Inputs
 from torch_prunepath.train import losses
 from torch_prunepath.train.batches import logit_weights, on_device
 from torch_prunepath.train.config import ROUTER_LOSSES, TrainConfig

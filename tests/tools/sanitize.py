@@ -1,0 +1,36 @@
+"""A few calls of every kernel at odd sizes: ``compute-sanitizer --tool memcheck python tests/tools/sanitize.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_prunepath.csrc_triton import ffn
+from torch_prunepath.csrc_triton.divergence import divergence
+
+D, F, S, E = 50, 101, 12, 9
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def run(tokens: int) -> None:
+    x, tau = random(tokens, D), torch.tensor(0.5, device="cuda")
+    weights = [random(F, D), random(F), random(F, D), random(F), random(F, D), random(D)]
+    for normalise, shared in ((False, 0), (True, 2)):
+        ffn.sparse_ffn(x, random(E, D), random(E), tau, "reach", 0.3, *weights, "silu", S, normalise, shared)
+    mask = torch.rand(tokens, E, device="cuda") < 0.5
+    h = ffn.expert_up(x, mask, weights[0], None, None, None, "none", S)
+    ffn.expert_down(h, mask, None, weights[4], None, S)
+    ffn.linears(x[:1], [weights[0].t(), weights[2].t()], [weights[1], None])
+    divergence(random(tokens, 5001), random(tokens, 5001), torch.rand(tokens, device="cuda"), 2.0, True)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for tokens in (1, 3, 20):
+        for _ in range(2):
+            run(tokens)
+    torch.cuda.synchronize()
+    print("ran")

@@ -1,0 +1,234 @@
+"""The work of ``prunepath sweep``: one loaded model, evaluated at every point."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch_prunepath.commands.sweep.options import Options, Point, check
+from torch_prunepath.commands.sweep.plot import save_plot
+from torch_prunepath.commands.sweep.scores import Score, headline, scores_of
+from torch_prunepath.config import SparsifyConfig
+from torch_prunepath.console import report
+from torch_prunepath.console.errors import UserError, as_user_error, one_line
+from torch_prunepath.console.output import output_folder, writing
+from torch_prunepath.evaluation import lm_eval as harness
+from torch_prunepath.evaluation.corpus import Corpus, load_corpus
+from torch_prunepath.evaluation.make_sparse import fit_windows, holds_sparse_layers, make_sparse, reach_sparsity
+from torch_prunepath.evaluation.models import load_model
+from torch_prunepath.layer.manifest import attached
+from torch_prunepath.sparsity import set_tau
+
+RESULTS = "results.json"
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Evaluate every row; return what was measured, ready for JSON.
+
+    The first row is the reference: the dense model by lm-eval's own ``hf``; or, of a sparse checkpoint, tau = 1.
+
+    Raises:
+        UserError: if options are out of range, before anything is loaded; if lm-eval, the model, a task, the text or
+            the output cannot be had.
+    """
+    points, config = check(options)
+    harness.register()
+    corpus = load_corpus(options.text)
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if options.output is not None:
+            folder = stack.enter_context(output_folder(options.output, ours=_is_ours))
+        sweep = _Sweep(options, config, corpus)
+        rows = sweep.rows(points)
+        results = {**sweep.about(), "rows": rows, "seconds": round(time.perf_counter() - started, 1)}
+        results |= {"output": None, "plot": None}
+        if folder is not None and options.output is not None:
+            results["output"] = str(options.output)
+            results["plot"] = save_plot(results, folder, options.output)
+            with writing(options.output):
+                (folder / RESULTS).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    return results
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The results as people read them: one row a tau, the most telling metric of each task."""
+    model, headlines = results["model"], results["headlines"]
+    lines = [("", "tau", "sparsity", *(f"{task} {metric}" for task, metric in headlines.items()))]
+    for row in results["rows"]:
+        cells = [f"{row['scores'][task][metric]['value']:.4g}" for task, metric in headlines.items()]
+        lines.append((row["name"], f"{row['tau']:.6g}", f"{row['sparsity']:.1%}", *cells))
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    text = [
+        f"model       {model['name']} ({model['parameters'] / 1e6:.1f} M parameters, {model['dtype']})",
+        f"versions    {versions}",
+        "",
+        *report.aligned(lines),
+        "",
+        f"time        {results['seconds']:.0f} s",
+    ]
+    if results["output"] is not None:
+        text.append(
+            f"output      {results['output']} ({'with' if results['plot'] else 'no matplotlib, so without'} a plot)"
+        )
+    return "\n".join(text)
+
+
+class _Sweep:
+    """One loaded model, evaluated again and again on the same tasks."""
+
+    def __init__(self, options: Options, config: SparsifyConfig, corpus: Corpus) -> None:
+        self._options, self._config, self._corpus = options, config, corpus
+        self._manager, self._tasks = _find_tasks(options)
+        self._model, self._tokenizer = _load(options)
+        self._headlines: dict[str, str] = {}
+        if self._sparse and options.settings:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in options.settings)
+            raise UserError(f"{options.model} is sparse already: leave out {flags}")
+
+    @property
+    def _sparse(self) -> bool:
+        return holds_sparse_layers(self._model)
+
+    @functools.cached_property
+    def _window_NC(self) -> Any:
+        return fit_windows(self._corpus, self._model, self._tokenizer, self._config.calibration_tokens)
+
+    @functools.cached_property
+    def _lm(self) -> Any:
+        from torch_prunepath.integrations.lm_eval import PrunePathLM
+
+        return PrunePathLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=self._options.batch_size)
+
+    def about(self) -> dict[str, Any]:
+        """What was evaluated, with what, on what."""
+        options, machine = self._options, report.machine()
+        used = self._window_NC.numel() if "_window_NC" in self.__dict__ else 0
+        return {
+            "command": "sweep",
+            **machine,
+            "versions": {**machine["versions"], "lm-eval": metadata.version("lm_eval")},
+            "model": {**report.model(options.model, self._model), "device": str(self._model.device)},
+            "tasks": list(options.tasks),
+            "num_fewshot": options.num_fewshot,
+            "limit": options.limit,
+            "batch_size": options.batch_size,
+            "text": {"name": self._corpus.name, "calibration_tokens": used},
+            "config": asdict(self._config),
+            "headlines": self._headlines,
+        }
+
+    def rows(self, points: Sequence[Point]) -> list[dict[str, Any]]:
+        """The reference and every point. A dense model is sparse afterwards."""
+        if self._sparse:
+            manifest = attached(self._model)
+            assert manifest is not None, "a checkpoint carries its manifest"
+            self._config = manifest.config
+            reference = self._at(Point(tau=1.0))
+            points = [point for point in points if not point.dense]
+        else:
+            reference = self._dense()
+            _say("building experts and fitting routers")
+            with as_user_error(ValueError):
+                make_sparse(self._model, self._window_NC, self._config)
+        return [reference, *map(self._at, points)]
+
+    def _dense(self) -> dict[str, Any]:
+        from lm_eval.models.huggingface import HFLM
+
+        lm = HFLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=self._options.batch_size)
+        return self._told(self._row("dense", lm) | {"tau": 1.0, "sparsity": 0.0, "tokens": None})
+
+    def _at(self, point: Point) -> dict[str, Any]:
+        with as_user_error(ValueError):
+            if point.sparsity is None:
+                assert point.tau is not None
+                tau = point.tau
+            else:
+                tau = reach_sparsity(self._model, point.sparsity, self._window_NC)
+            set_tau(self._model, tau)
+        self._lm.reset_sparsity()
+        row = self._row(point.name, self._lm)
+        found = self._lm.sparsity_info()
+        return self._told(row | {"tau": tau, "sparsity": found["sparsity"], "tokens": found["tokens"]})
+
+    def _told(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row, said on standard error as soon as it is there: a sweep may take hours."""
+        scores = [
+            f"{task} {metric} {row['scores'][task][metric]['value']:.4g}" for task, metric in self._headlines.items()
+        ]
+        _say(f"{row['name']}: sparsity {row['sparsity']:.1%}, {', '.join(scores)}")
+        return row
+
+    def _row(self, name: str, lm: Any) -> dict[str, Any]:
+        _say(f"{name}: evaluating")
+        started = time.perf_counter()
+        scores = self._evaluate(lm)
+        self._headlines = self._headlines or headline(scores, self._tasks)
+        return {"name": name, "scores": scores, "seconds": round(time.perf_counter() - started, 1)}
+
+    def _evaluate(self, lm: Any) -> dict[str, dict[str, Score]]:
+        from lm_eval import simple_evaluate
+
+        options = self._options
+        limit = options.limit
+        results = simple_evaluate(
+            model=lm,
+            tasks=self._tasks,
+            task_manager=self._manager,
+            num_fewshot=options.num_fewshot,
+            limit=int(limit) if limit is not None and limit >= 1 else limit,
+            log_samples=False,
+        )
+        assert results is not None, "only the first of several processes gets results, and there is one"
+        return scores_of(results)
+
+
+def _find_tasks(options: Options) -> tuple[Any, list[str]]:
+    from lm_eval.tasks import TaskManager
+
+    if options.include_path is not None and not Path(options.include_path).is_dir():
+        raise UserError(f"--include-path {options.include_path} is no folder: name one that holds task files")
+    manager = TaskManager(include_path=options.include_path)
+    names: dict[str, None] = {}
+    for pattern in options.tasks:
+        found = manager.match_tasks([pattern])
+        if not found:
+            raise UserError(
+                f"lm-eval knows no task {pattern!r}: see 'lm-eval ls tasks', or name a folder in --include-path"
+            )
+        names |= dict.fromkeys(found)
+    return manager, list(names)
+
+
+def _load(options: Options) -> tuple[Any, Any]:
+    import torch
+
+    _say("loading the model")
+    model, tokenizer = load_model(options.model)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(device, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot move the model to {device} ({one_line(error)}): choose another --device") from error
+    return model, tokenizer
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        results = json.loads((folder / RESULTS).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and results.get("command") == "sweep"

@@ -1,0 +1,325 @@
+"""The work of ``prunepath train``: a model, dense or sparse, trained and measured, as a checkpoint.
+
+An unfinished run keeps its latest state in a folder beside the output, from which it goes on to the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_prunepath.card import hub_name, write_card
+from torch_prunepath.commands.train.plan import Options
+from torch_prunepath.commands.train.source import Source, train_windows
+from torch_prunepath.commands.train.stages import check_start, convert, enter
+from torch_prunepath.console import report
+from torch_prunepath.console.errors import UserError, as_user_error, one_line
+from torch_prunepath.console.output import check_room, output_folder, writing
+from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
+from torch_prunepath.evaluation.models import load_model, longest_context
+from torch_prunepath.evaluation.perplexity import perplexity
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.layer.manifest import attached
+from torch_prunepath.sparsity import SparsityRecord, record_sparsity, set_sparsity, set_tau
+from torch_prunepath.train.batches import Batches, Later
+from torch_prunepath.train.loop import steps_of, train
+from torch_prunepath.train.state import Record, TrainState
+
+SEARCH_WINDOWS = 4
+"""Windows of the training text on which tau is searched."""
+EVAL_WINDOWS = 8 * TEST_WINDOWS
+"""Windows that perplexity is measured on, at most."""
+STATE_BYTES = 16
+"""Of a saved state, for each parameter: the weight and AdamW's two moments, in float32, and room to write anew."""
+
+
+def run(options: Options, command_line: str = "") -> dict[str, Any]:
+    """Train, measure, save; return what was made, ready for JSON.
+
+    Raises:
+        UserError: if the model, the text or the output cannot be had, or options do not fit.
+    """
+    options.check()
+    unfinished = Unfinished(options.output.absolute())
+    unfinished.check(options.resume)
+    text = options.source.read()
+    with output_folder(options.output, ours=lambda _: False) as folder:
+        saved = unfinished.latest()
+        session = _Session(options, text, saved)
+        check_room(folder, session.bytes_needed(), options.output)
+        try:
+            results = session.run(unfinished)
+        except FloatingPointError as error:
+            raise UserError(f"{one_line(error)} (--lr, --router-lr, --set warmup=0.1)") from error
+        except BaseException:
+            if unfinished.latest() is not None:
+                print(f"unfinished run kept in {unfinished.folder}: go on with --resume", file=sys.stderr)
+            raise
+        results = {"command": "train", "command_line": command_line, **report.machine(), **results}
+        history = results.pop("history")
+        with writing(options.output):
+            session.model.save_pretrained(folder)
+            session.tokenizer.save_pretrained(folder)
+            described = json.dumps({**results, "history": history}, indent=1, allow_nan=False)
+            (folder / "training.json").write_text(described + "\n", encoding="utf-8")
+            base, measured = hub_name(options.model), _on_card(results)
+            write_card(session.model, folder, base_model=base, record=session.record, measured=measured)
+    unfinished.remove()
+    return results
+
+
+class Unfinished:
+    """Saved states of a run that has not ended, in ``OUTPUT.training`` beside its output."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.folder = output, output.with_name(output.name + ".training")
+
+    def check(self, resume: bool) -> None:
+        """Refuse to overwrite a run, or to resume none.
+
+        Raises:
+            UserError: with a remedy.
+        """
+        if resume and self.latest() is None:
+            raise UserError(f"there is no unfinished run in {self.folder}: leave --resume out")
+        if not resume and self.folder.exists():
+            raise UserError(f"{self.folder} holds an unfinished run: go on with --resume, or remove it")
+
+    def latest(self) -> Path | None:
+        """The folder of the latest state."""
+        steps = {int(path.name.removeprefix("step-")): path for path in self.folder.glob("step-*")}
+        return steps[max(steps)] if steps else None
+
+    def save(self, session: _Session, state: TrainState, step: int) -> None:
+        """Save a state after so many steps of all stages; the one before goes once it is complete."""
+        path = self.folder / f"step-{step}"
+        with output_folder(path, ours=lambda _: True) as folder, writing(path):
+            session.model.save_pretrained(folder / "model")
+            session.tokenizer.save_pretrained(folder / "model")
+            torch.save(state.state_dict(), folder / "state.pt")
+            (folder / "session.json").write_text(json.dumps(asdict(session.kept)), encoding="utf-8")
+        for other in self.folder.glob("step-*"):
+            if other != path:
+                shutil.rmtree(other)
+
+    def remove(self) -> None:
+        """The run has ended."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass
+class Kept:
+    """What a saved state holds besides weights and :class:`TrainState`.
+
+    Attributes:
+        data: fingerprint of the batches.
+        dtype: that the checkpoint's weights will have, without ``torch.``.
+        distil: weight of the distillation.
+        rows: what was measured before training.
+        history: records of the steps so far.
+        stage: the state's, counted from 0.
+    """
+
+    data: str
+    dtype: str
+    distil: float
+    rows: list[dict[str, Any]]
+    history: list[Record]
+    stage: int = 0
+
+
+class _Session:
+    def __init__(self, options: Options, text: str, saved: Path | None) -> None:
+        self.options, self.saved = options, saved
+        self.record: SparsityRecord | None = None  # of what was measured last
+        self.model, self.tokenizer = load_model(options.model if saved is None else str(saved / "model"))
+        self.sparse = saved is not None or check_start(self.model, options.recipe, options.model)
+        if self.sparse and saved is None and options.settings:
+            name = next(iter(options.settings)).replace("_", "-")
+            raise UserError(f"{options.model} is sparse already: leave --{name} out, or start from the dense model")
+        context = min(options.context, longest_context(self.model))
+        self.window_NC = train_windows(text, self.tokenizer, context)
+        self.eval_NC = self._eval_windows(context)
+        self.batches = Batches(self.window_NC, options.batch, options.seed)
+        distil = options.distillation(dense=not self.sparse or options.teacher is not None)
+        self.kept = Kept(self.batches.fingerprint(), str(self.model.dtype).removeprefix("torch."), distil, [], [])
+        if saved is not None:
+            self._restore(saved)
+        self.stages = options.stages(len(self.batches), self.kept.distil)
+        self.teacher = self._teacher()
+        with as_user_error(RuntimeError):
+            self.model.to(options.device)
+
+    def _eval_windows(self, context: int) -> Tensor | None:
+        if self.options.eval_text is None:
+            return None
+        text = Source(self.options.eval_text).read()
+        return windows(text, self.tokenizer, context=context, count=EVAL_WINDOWS, part="--eval-text")
+
+    def _teacher(self) -> Any:
+        options = self.options
+        if not self.kept.distil:
+            return None
+        teacher, _ = load_model(options.teacher or options.model)
+        if any(isinstance(module, RoutedExperts) for module in teacher.modules()):
+            raise UserError(f"{options.teacher or options.model} is sparse: name the dense model with --teacher")
+        if teacher.get_input_embeddings().num_embeddings != self.model.get_input_embeddings().num_embeddings:
+            raise UserError("--teacher has another vocabulary than MODEL: name the model that MODEL was made from")
+        with as_user_error(RuntimeError):
+            return teacher.to(options.device)
+
+    def _restore(self, saved: Path) -> None:
+        kept = Kept(**json.loads((saved / "session.json").read_text(encoding="utf-8")))
+        if kept.data != self.kept.data:
+            raise UserError(
+                "the unfinished run had other data (text, --context, --batch or --seed): give the same, or start anew"
+            )
+        if self.options.distil is not None:
+            kept.distil = self.options.distil  # another one is refused with the state
+        self.kept = kept
+
+    def bytes_needed(self) -> int:
+        """On disk, while the run is unfinished."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return int(1.1 * report.num_bytes(self.model)) + STATE_BYTES * parameters
+
+    def run(self, unfinished: Unfinished) -> dict[str, Any]:
+        """Make sparse, measure, train, measure; what was found."""
+        options = self.options
+        if self.saved is None:
+            self._before()
+        made = attached(self.model)
+        self.model.float()
+        if options.checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with as_user_error(ValueError):
+            for stage in range(self.kept.stage, len(self.stages)):
+                self._train(stage, unfinished)
+        self.teacher = None
+        if options.checkpointing:
+            self.model.gradient_checkpointing_disable()
+        self.model.to(getattr(torch, self.kept.dtype)).eval()
+        rows = [*self.kept.rows, *self._measured("after")]
+        history = self.kept.history
+        return {
+            "model": report.model(options.model, self.model),
+            "recipe": options.recipe,
+            "teacher": (options.teacher or options.model) if self.kept.distil else None,
+            "config": self.stages[-1].to_dict(),
+            "stages": [config.to_dict() for config in self.stages],
+            "experts": None if made is None else asdict(made.config),
+            "data": {"name": options.source.name, "context": self.window_NC.shape[1], "tokens": self.window_NC.numel()},
+            "eval": None if self.eval_NC is None else {"name": options.eval_text, "tokens": self.eval_NC.numel()},
+            "device": options.device,
+            "steps": len(history),
+            "target_sparsity": options.target_sparsity,
+            "tau": rows[-1]["tau"],
+            "rows": rows,
+            "last": history[-1],
+            "output": str(options.output),
+            "history": history,
+        }
+
+    def _train(self, stage: int, unfinished: Unfinished) -> None:
+        """One stage, from the saved state if that is of this one."""
+        config, before = self.stages[stage], sum(steps_of(each, self.batches) for each in self.stages[:stage])
+        enter(self.model, self.options.recipe, stage)
+        steps = steps_of(config, self.batches)
+        state = TrainState(self.model, config)
+        if self.saved is not None:
+            state.load_state_dict(torch.load(self.saved / "state.pt", map_location="cpu", weights_only=True))
+        self.kept.stage, self.saved = stage, None
+
+        def note(state: TrainState, record: Record) -> None:
+            self.kept.history.append({**record, "step": before + record["step"]})
+            if (before + state.step) % self.options.save_every == 0 and state.step < steps:
+                unfinished.save(self, state, before + state.step)
+
+        batches = Later(self.batches, before * config.accumulation)
+        extras = {"teacher": self.teacher, "state": state, "compile": self.options.compile or False}
+        train(self.model, batches, config, callback=note, **extras)
+
+    def _before(self) -> None:
+        """Make a dense model sparse; measure."""
+        if not self.sparse:
+            if self.eval_NC is not None:
+                self.kept.rows.append({"name": "dense", "tau": 1.0, **self._perplexity("dense")})
+            self._convert()
+        self.kept.rows += self._measured("before")
+
+    def _convert(self) -> None:
+        config, data = self.options.experts(), None
+        if config.needs_data:
+            rows = max(1, config.calibration_tokens // self.window_NC.shape[1])
+            some_N = torch.linspace(0, len(self.window_NC) - 1, min(rows, len(self.window_NC))).round().long()
+            data = [self.window_NC[some_N].to(self.model.device)]
+        convert(self.model, self.options.recipe, config, data)
+
+    def _measured(self, when: str) -> list[dict[str, Any]]:
+        """With every expert, then at the target, where tau stays."""
+        rows = []
+        if self.eval_NC is not None:
+            set_tau(self.model, 1.0)
+            rows.append({"name": f"{when}, tau 1", "tau": 1.0, **self._perplexity(f"{when}, tau 1")})
+        target = self.options.target_sparsity
+        some_NC = self.window_NC[:: -(-len(self.window_NC) // SEARCH_WINDOWS)]
+        with as_user_error(ValueError):
+            tau = set_sparsity(self.model, target, some_NC)
+        name = f"{when}, {target:.0%} asked"
+        if self.eval_NC is not None:
+            return [*rows, {"name": name, "tau": tau, **self._perplexity(name)}]
+        with record_sparsity(self.model) as self.record, torch.inference_mode():
+            for window_C in some_NC.to(self.model.device):
+                self.model(input_ids=window_C[None], use_cache=False)
+        return [*rows, {"name": name, "tau": tau, "sparsity": self.record.sparsity}]
+
+    def _perplexity(self, title: str) -> dict[str, float]:
+        assert self.eval_NC is not None
+        with as_user_error(ValueError):
+            if not any(isinstance(module, RoutedExperts) for module in self.model.modules()):
+                return {"sparsity": 0.0, "perplexity": perplexity(self.model, self.eval_NC, title=title)}
+            with record_sparsity(self.model) as self.record:
+                found = perplexity(self.model, self.eval_NC, title=title)
+        return {"sparsity": self.record.sparsity, "perplexity": found}
+
+
+def _distilled(results: Mapping[str, Any]) -> str:
+    weight = results["config"]["distill_logits"]
+    return f", distilled from {results['teacher']} (weight {weight:g})" if weight else ""
+
+
+def _on_card(results: Mapping[str, Any]) -> dict[str, str]:
+    """What the model card tells besides the sparsity of each layer."""
+    rows = {row["name"]: row for row in results["rows"] if "perplexity" in row}
+    measured = {"recipe": f"{results['recipe']}, {results['steps']} steps", "tau": f"{results['tau']:.6g}"}
+    return measured | {f"perplexity, {name}": f"{row['perplexity']:.2f}" for name, row in rows.items()}
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The results of :func:`run` as people read them."""
+    model, data, last = results["model"], results["data"], results["last"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        f"model       {model['name']} ({model['parameters'] / 1e6:.1f} M parameters, {model['dtype']})",
+        f"data        {data['name']} ({data['tokens']} tokens, context {data['context']})",
+        f"recipe      {results['recipe']}, {results['steps']} steps on {results['device']}{_distilled(results)}",
+        f"versions    {versions}",
+        f"last step   loss {last['loss']:.4g}, sparsity {last['sparsity']:.1%}, tau {last['tau']:.4g}",
+    ]
+    if results["eval"] is not None:
+        head = ("", "tau", "sparsity", "perplexity")
+        cells = [
+            (row["name"], f"{row['tau']:.6g}", f"{row['sparsity']:.1%}", f"{row['perplexity']:.2f}")
+            for row in results["rows"]
+        ]
+        lines += ["", *report.aligned([head, *cells]), ""]
+    lines += [f"tau         {results['tau']:.6g}", f"checkpoint  {results['output']}"]
+    return "\n".join(lines)

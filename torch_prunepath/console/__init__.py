@@ -1,0 +1,1 @@
+"""What every command shares: errors in one line, settings, output folders, tables."""

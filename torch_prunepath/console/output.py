@@ -1,0 +1,82 @@
+"""A command's output folder: complete or not there at all, and never in place of what the command did not write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from torch_prunepath.console.errors import UserError, write_error
+
+REMEDY = "choose another place with --output"
+
+
+@contextmanager
+def output_folder(path: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """A new folder beside ``path`` that takes its place once the block has ended without an error.
+
+    Args:
+        path: where the output goes in the end.
+        ours: whether an existing folder is an earlier output of this command, which may be replaced.
+
+    Raises:
+        UserError: if ``path`` holds something else, or cannot be written.
+    """
+    path = path.absolute()
+    with writing(path):
+        _check_free(path, ours)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield partial
+        with writing(path):
+            _check_free(path, ours)
+            partial.chmod(0o777 & ~_umask())  # mkdtemp closes its folders to others
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what fails while ``path`` is written into :class:`UserError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise write_error(error, path, REMEDY) from error
+
+
+def check_room(folder: Path, needed: int, path: Path) -> None:
+    """Refuse early what would fail late.
+
+    Args:
+        folder: a folder that exists.
+        needed: bytes that will be written there.
+        path: what the message calls the folder.
+
+    Raises:
+        UserError: if the disk has less room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        amounts = f"{needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free"
+        raise UserError(f"no room on disk for {path}: {amounts}: free some, or {REMEDY}")
+
+
+def _check_free(path: Path, ours: Callable[[Path], bool]) -> None:
+    taken = path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+    if taken and (path.is_symlink() or not path.is_dir() or not ours(path)):
+        raise UserError(f"{path} exists and is not an earlier output of this command: remove it, or {REMEDY}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,197 @@
+"""The front door: a dense model becomes a sparse one, in place, and back.
+
+Everything is decided first, on the untouched model (:mod:`torch_prunepath.experts.plan`), and then applied layer by
+layer (:func:`_apply`), so that what fails or is interrupted leaves the model as it was.
+
+Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from torch_prunepath.config import SparsifyConfig, check_tau, num_experts
+from torch_prunepath.discover import find_ffns
+from torch_prunepath.experts.budget import allocate
+from torch_prunepath.experts.plan import LayerPlan, plan_layers
+from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sample_text
+from torch_prunepath.layer import ExpertsSpec, is_sparse
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.manifest import attach, describe
+from torch_prunepath.layer.refuse import refuse_wrapped, refuse_wrapper
+from torch_prunepath.layer.swap import make_dense, make_routed
+from torch_prunepath.layer.views import sparse_layers, sparse_views
+from torch_prunepath.sparsity import layer_tau
+
+logger = logging.getLogger(__name__)
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+FEWEST_TOKENS = 8
+"""With fewer tokens for calibration, something was forgotten."""
+
+
+def sparsify(
+    model: ModelT,
+    tau: float = 0.9,
+    *,
+    config: SparsifyConfig | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> ModelT:
+    """Turn every feed-forward network of a model into routed experts, in place (PrunePath, arXiv 2605.28283).
+
+    Names and shapes of the model's parameters stay; each sparse layer gains ``router`` and ``permutation``. Nothing is
+    trained: neurons are grouped and routers fitted on calibration data.
+
+    Conversion needs the memory of one more layer, and leaves nothing behind but routers and permutations. Calibration
+    before it needs the activations of one forward pass over ``config.calibration_tokens`` tokens, of one FFN at a time,
+    and, with ``budget="sensitivity"``, those of a backward pass over one row and a ``[D, D]`` matrix for each FFN.
+
+    Args:
+        model: a Hugging Face model, or any module whose FFNs :func:`torch_prunepath.discover.find_ffns` finds.
+        tau: router mass that the active experts must reach, in (0, 1]; 1 computes the dense model. See
+            :func:`torch_prunepath.set_tau` and :func:`torch_prunepath.set_sparsity` to change it later.
+        config: how experts and routers are built; the default is the best that was measured.
+        calibration: texts (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of these.
+            With None a causal language model samples its own text; other models are converted from their weights alone.
+        tokenizer: for texts.
+        progress: show progress bars.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if tau is invalid, nothing can be made sparse, the model is sparse already, wrapped, quantised or
+            without weights yet (meta device), or the data does not fit. The model is as it was.
+        TypeError: if this is no model, or config or data are of another type.
+
+    Example::
+
+        model = AutoModelForCausalLM.from_pretrained(name)
+        torch_prunepath.sparsify(model, tau=0.9)
+    """
+    tau = check_tau(tau)
+    config = SparsifyConfig() if config is None else config
+    if not isinstance(config, SparsifyConfig):
+        raise TypeError(
+            f"config must be a SparsifyConfig, not a {type(config).__name__}: SparsifyConfig(expert_size=8)"
+        )
+    refuse_wrapper(model)
+    _refuse(model)
+    views = [FFNView(model, spec) for spec in find_ffns(model)]
+    _refuse_all_shared(views, config)
+    inputs = None
+    if config.needs_data:
+        config, inputs = _calibration(model, config, calibration, tokenizer, progress)
+    elif calibration is not None:
+        raise ValueError(f"calibration is given, but nothing in {config} uses it: leave it out, or change the config")
+    plans = plan_layers(model, views, config, inputs, progress)
+    curves = {site: plan.curve for site, plan in plans.items() if plan.curve is not None}
+    budgets = allocate(curves) if curves else {view.site: 1.0 for view in views}
+    _apply(views, plans, config, tau, budgets)
+    attach(model, describe(model, config))
+    return model
+
+
+def _refuse(model: nn.Module) -> None:
+    if any(is_sparse(module) for module in model.modules()):
+        raise ValueError("the model is sparse already: use set_tau to change it, or densify(model) first")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError("the model has parameters without data (meta device): load its weights first")
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError(
+            "the model carries a quantization_config: make it sparse before quantising, or load it unquantised "
+            "(a model dequantised from GGUF: delete model.config.quantization_config)"
+        )
+    if getattr(model, "is_quantized", False) and getattr(model, "quantization_method", None) != "gguf":
+        raise ValueError("the model is quantised: make it sparse before quantising, or load it unquantised")
+
+
+def _refuse_all_shared(views: Sequence[FFNView], config: SparsifyConfig) -> None:
+    for view in views:
+        experts = num_experts(view.spec.ffn_size, config.expert_size)
+        if config.num_shared(view.spec.ffn_size) >= experts:
+            raise ValueError(
+                f"shared_experts={config.shared_experts} leaves no expert to choose: {view.site} has {experts} of "
+                f"{config.expert_size} neurons; share fewer, or make experts smaller"
+            )
+
+
+def _calibration(
+    model: nn.Module, config: SparsifyConfig, calibration: Any, tokenizer: Any, progress: bool
+) -> tuple[SparsifyConfig, Inputs | None]:
+    """Inputs to calibrate on; or, where there is nothing, a config that does without."""
+    if calibration is None and can_sample(model):
+        ids = sample_text(model, config.calibration_tokens, config.seed, progress)
+        return config, as_inputs(ids, model)
+    if calibration is None and config.shared_experts:
+        raise ValueError(
+            f"shared experts hold the neurons that contribute most on calibration data, and {type(model).__name__} "
+            "cannot write its own: pass calibration="
+        )
+    if calibration is None:
+        logger.warning(
+            "no calibration data, and %s cannot write its own: grouping neurons by their weights and starting routers "
+            "at centroids; pass calibration= for much better routing",
+            type(model).__name__,
+        )
+        return dataclasses.replace(config, partition="kmeans", router="centroid", budget="uniform"), None
+    inputs = as_inputs(calibration, model, tokenizer, config.calibration_tokens)
+    tokens = inputs.get("input_ids")
+    if isinstance(tokens, Tensor) and tokens.numel() < FEWEST_TOKENS:
+        raise ValueError(f"calibration holds {tokens.numel()} tokens, which tells nothing: thousands are best")
+    return config, inputs
+
+
+def _apply(
+    views: Sequence[FFNView],
+    plans: dict[str, LayerPlan],
+    config: SparsifyConfig,
+    tau: float,
+    budgets: dict[str, float],
+) -> None:
+    """Convert layer by layer; needs the memory of one more layer. Undoes everything if it cannot finish."""
+    experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset)
+    done: list[tuple[FFNView, Tensor]] = []
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        for view in views:
+            plan, budget = plans[view.site], budgets[view.site]
+            originals = [(parameter, parameter.data) for parameter in view.parameters()]
+            view.permute_(plan.order_F)
+            own = dataclasses.replace(experts, shared=config.num_shared(view.spec.ffn_size))
+            make_routed(view, own, plan.router, plan.order_F, layer_tau(tau, budget), budget)
+            done.append((view, plan.order_F))
+    except BaseException:
+        for view in views:
+            make_dense(view)
+        for view, order_F in done:
+            view.unpermute_(order_F)
+        # The layer that was in hand, whatever had happened to it.
+        for parameter, data in originals:
+            parameter.data = data
+        raise
+
+
+def densify(model: ModelT) -> ModelT:
+    """Undo :func:`sparsify` in place: every weight bit-exactly where it was, routers gone.
+
+    Raises:
+        ValueError: if the model holds no sparse FFN, or adapters are on one: their weights would stay in expert order.
+            The model is as it was.
+    """
+    layers, views = sparse_layers(model), sparse_views(model)
+    for name, view in views.items():
+        refuse_wrapped(name, layers[name], view)
+    for name, view in views.items():
+        order_F = layers[name].permutation
+        make_dense(view)
+        view.unpermute_(order_F)
+    attach(model, None)
+    return model

@@ -1,0 +1,1 @@
+"""A model, a text, and how good the model is on it."""

@@ -1,0 +1,132 @@
+"""Making a loaded model sparse, or as sparse as asked, for a command that only measures: nothing is saved.
+
+What it calibrates on is what ``prunepath sparsify`` calibrates on.
+
+Shapes: N windows of C tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_prunepath.config import SparsifyConfig, check_tau
+from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.conversion import sparsify
+from torch_prunepath.evaluation.corpus import CONTEXT, Corpus, load_corpus, windows
+from torch_prunepath.evaluation.models import longest_context
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.sparsity import layer_tau, set_sparsity
+
+SEARCH_WINDOWS = 4
+"""Windows that a sparsity is searched on: every step of the search runs the model over them."""
+
+SMALLEST_STEP = 2e-7
+"""How far a layer's float32 tau may be from the number that was set, near 1."""
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(SparsifyConfig))
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return ``sparsity`` as a float.
+
+    Raises:
+        UserError: if it is not in [0, 1).
+    """
+    sparsity = float(sparsity)
+    if not 0.0 <= sparsity < 1.0:
+        raise UserError(f"sparsity={sparsity} is outside [0, 1): it is the inactive share of neurons")
+    return sparsity
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the arguments ask of the model, checked; ``settings`` are fields of ``SparsifyConfig``."""
+
+    tau: float | None
+    sparsity: float | None
+    text: str | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, tau: Any, sparsity: Any, text: str | None, options: dict[str, Any]) -> Asked:
+        """Take the settings out of ``options``.
+
+        Raises:
+            UserError: if a value is out of range, or two exclude each other.
+        """
+        settings = {name: options.pop(name) for name in SETTINGS if name in options}
+        tau, sparsity = _number("tau", tau), _number("sparsity", sparsity)
+        if tau is not None and sparsity is not None:
+            raise UserError("tau and sparsity are both given: one is set, the other searched for; give one of them")
+        with as_user_error(ValueError, TypeError):
+            SparsifyConfig(**settings)
+            tau = None if tau is None else check_tau(tau)
+            sparsity = None if sparsity is None else check_sparsity(sparsity)
+        if text is not None:
+            load_corpus(text)  # only to see now whether it can be read
+        return cls(tau, sparsity, text, settings)
+
+
+def _number(name: str, value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name}={value!r} is no number") from None
+
+
+def fit_windows(corpus: Corpus, model: Any, tokenizer: Any, tokens: int) -> Tensor:
+    """The windows of a text's calibration part that routers are fitted to, int64 ``[N, C]``.
+
+    Raises:
+        UserError: if the text does not fill one window.
+    """
+    context = min(CONTEXT, longest_context(model))
+    count = max(1, tokens // context)
+    return windows(corpus.calibration, tokenizer, context=context, count=count, part="text for calibration")
+
+
+def make_sparse(model: nn.Module, window_NC: Tensor, config: SparsifyConfig) -> None:
+    """Sparsify a dense model in place, with every expert active.
+
+    Raises:
+        ValueError: as :func:`torch_prunepath.sparsify`.
+    """
+    sparsify(model, tau=1.0, config=config, calibration=[window_NC] if config.needs_data else None)
+
+
+def reach_sparsity(model: nn.Module, sparsity: float, window_NC: Tensor) -> float:
+    """Set and return the tau whose realised sparsity on some of the windows is ``sparsity``.
+
+    Raises:
+        ValueError: if it is out of reach.
+    """
+    return set_sparsity(model, sparsity, window_NC[:: -(-len(window_NC) // SEARCH_WINDOWS)])
+
+
+def holds_sparse_layers(model: nn.Module) -> bool:
+    """Whether any layer of the model is sparse."""
+    return any(isinstance(module, RoutedExperts) for module in model.modules())
+
+
+def model_tau(model: nn.Module) -> float | None:
+    """The one number that ``set_tau`` gives the layers of a sparse model, or None if theirs do not follow from one.
+
+    Six digits of it: a layer keeps tau in float32, scaled by the layer's budget.
+    """
+    layers = [(float(layer.tau), layer.budget) for layer in sparse_layers(model).values()]
+    # The layer whose tau says most: near 0 and near 1 little of the number is left.
+    value, budget = min(layers, key=lambda layer: abs(layer[0] - 0.5))
+    tau = 1.0 if value >= 1.0 else float(f"{-math.expm1(math.log1p(-value) / budget):.6g}")
+    if not 0.0 < tau <= 1.0:
+        return None
+    if all(
+        math.isclose(layer_tau(tau, budget), value, rel_tol=1e-4, abs_tol=SMALLEST_STEP) for value, budget in layers
+    ):
+        return tau
+    return None

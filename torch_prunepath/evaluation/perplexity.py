@@ -1,0 +1,91 @@
+"""Perplexity and decoding speed of a causal language model, dense or sparse.
+
+Shapes: N windows of C tokens, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from tqdm import tqdm
+
+from torch_prunepath.inputs.data import evaluation_mode
+
+
+def perplexity(model: Any, window_NC: Tensor, *, title: str = "perplexity") -> float:
+    """Perplexity over windows, each read by itself.
+
+    It is exp of the mean negative log-likelihood of tokens 2 to C of every window.
+
+    Args:
+        model: a causal language model; ``model(input_ids=[1, C]).logits`` is ``[1, C, vocabulary]``.
+        window_NC: int64 ``[N, C]``, no padding, C at least 2.
+        title: what the progress bar says.
+
+    Raises:
+        ValueError: if it is not a finite number.
+    """
+    total = 0.0
+    with evaluation_mode(model), torch.inference_mode():
+        for window_C in tqdm(window_NC.to(model.device), desc=title, unit="window", leave=False, disable=None):
+            logits_CV = model(input_ids=window_C[None], use_cache=False).logits[0, :-1]
+            total += nnf.cross_entropy(logits_CV.float(), window_C[1:], reduction="sum").item()
+    mean = total / (window_NC.shape[0] * (window_NC.shape[1] - 1))
+    if not math.isfinite(mean):
+        raise ValueError("the model's logits contain NaN or infinity, so it has no perplexity: load it in float32")
+    return math.exp(mean)
+
+
+class _Clock:
+    """A streamer for ``generate`` that notes when each token is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        """Called with the prompt, then with each token once it is on the host."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+def decode_speed(
+    model: Any, prompt_1P: Tensor, *, tokens: int = 32, repeats: int = 3, title: str = "decoding"
+) -> float:
+    """Tokens a second of greedy decoding with a KV cache at batch 1: the median of ``repeats`` runs after a warm-up.
+
+    The clock runs from the first new token to the last: reading the prompt does not count.
+
+    Args:
+        model: a causal language model with ``generate``.
+        prompt_1P: int64 ``[1, P]``.
+        tokens: new tokens a run, at least 2; end-of-sequence tokens do not stop it.
+        repeats: timed runs.
+        title: what the progress bar says.
+    """
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, pad_token_id=0
+    )
+    prompt_1P = prompt_1P.to(model.device)
+    speeds = []
+    with evaluation_mode(model), torch.inference_mode():
+        for _ in tqdm(range(1 + repeats), desc=title, unit="run", leave=False, disable=None):
+            clock = _Clock()
+            model.generate(
+                prompt_1P,
+                attention_mask=torch.ones_like(prompt_1P),
+                generation_config=settings,
+                streamer=clock,
+            )
+            first, *_, last = clock.times[1:]
+            speeds.append((tokens - 1) / (last - first))
+    return statistics.median(speeds[1:])

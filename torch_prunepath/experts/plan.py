@@ -1,0 +1,108 @@
+"""What ``sparsify`` will make of each layer: its order of neurons, its router, what sparsity costs there. Only reads.
+
+Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from torch_prunepath.config import SparsifyConfig, num_experts
+from torch_prunepath.experts.budget import CURVE_TOKENS, Curve, cost_curve, fisher_information
+from torch_prunepath.experts.fit import centroid_init, fitted_router
+from torch_prunepath.experts.partition import largest_contributions, partition
+from torch_prunepath.inputs.data import Inputs
+from torch_prunepath.inputs.visit import visit_inputs
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.router import Router
+
+PARTITION_TOKENS = 4096
+"""Tokens whose activations decide which neurons form an expert, at most."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Of one layer.
+
+    Attributes:
+        order_F: permutation of its neurons that forms the experts, shared ones first.
+        router: at its start.
+        curve: what leaving mass out costs; None with ``budget="uniform"``.
+    """
+
+    order_F: Tensor
+    router: Router
+    curve: Curve | None
+
+
+def plan_layers(
+    model: nn.Module, views: Sequence[FFNView], config: SparsifyConfig, inputs: Inputs | None, progress: bool
+) -> dict[str, LayerPlan]:
+    """Decide every layer's permutation and router, by its name."""
+    plans: dict[str, LayerPlan] = {}
+    fisher: dict[str, Tensor] = {}
+    if config.budget == "sensitivity":
+        assert inputs is not None
+        fisher = fisher_information(model, views, inputs, seed=config.seed, progress=progress)
+    with tqdm(total=len(views), desc="building experts", unit="layer", disable=not progress) as bar:
+
+        def plan(view: FFNView, x_ND: Tensor | None) -> None:
+            plans[view.site] = _plan_layer(view, x_ND, config, fisher.pop(view.site, None))
+            bar.update()
+
+        if inputs is None:
+            for view in views:
+                plan(view, None)
+        else:
+            visit_inputs(model, views, inputs, plan)
+    return plans
+
+
+@torch.no_grad()
+def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig, fisher_DD: Tensor | None) -> LayerPlan:
+    size = config.expert_size
+    h_NF = None if x_ND is None else view.hidden(x_ND)
+    order_F = _order(view, h_NF, config).to(view.down_FD.device)
+    weight_ED, bias_E = _start_router(view, order_F, x_ND, h_NF, config)
+    dtype = view.down_FD.dtype
+    bias_E = None if bias_E is None else bias_E.to(dtype)
+    router = Router.of(weight_ED.to(dtype), bias_E, normalise=config.router_norm)
+    curve = None
+    if fisher_DD is not None:
+        assert x_ND is not None and h_NF is not None
+        some = slice(None, None, -(-x_ND.shape[0] // CURVE_TOKENS))
+        h_NF, scores_NE = h_NF[some][:, order_F], router(x_ND[some])
+        rows_FD, shared = view.down_FD[order_F], config.num_shared(view.spec.ffn_size)
+        curve = cost_curve(h_NF, rows_FD, scores_NE, fisher_DD, size, config.rule, shared)
+    return LayerPlan(order_F, router, curve)
+
+
+def _order(view: FFNView, h_NF: Tensor | None, config: SparsifyConfig) -> Tensor:
+    """The permutation that forms the experts, shared ones first."""
+    contributions = first_N = None
+    shared = config.num_shared(view.spec.ffn_size)
+    if h_NF is not None and (config.partition == "coactivation" or shared):
+        sample_TF = h_NF[:: -(-h_NF.shape[0] // PARTITION_TOKENS)].float()
+        contributions = sample_TF.abs() * view.down_FD.float().norm(dim=-1)
+    if shared:
+        assert contributions is not None
+        first_N = largest_contributions(contributions, shared * config.expert_size)
+    return partition(config.partition, view, contributions, config.expert_size, config.seed, first_N=first_N)
+
+
+def _start_router(
+    view: FFNView, order_F: Tensor, x_ND: Tensor | None, h_NF: Tensor | None, config: SparsifyConfig
+) -> tuple[Tensor, Tensor | None]:
+    size = config.expert_size
+    if config.router == "centroid":
+        return centroid_init(view, order_F, size), None
+    if config.router == "zero":
+        return view.up_FD.new_zeros(num_experts(view.spec.ffn_size, size), view.spec.hidden_size), None
+    assert x_ND is not None and h_NF is not None
+    shared = config.num_shared(view.spec.ffn_size)
+    return fitted_router(x_ND, h_NF[:, order_F], view.down_FD[order_F], size, config.router_norm, shared)

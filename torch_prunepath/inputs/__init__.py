@@ -1,0 +1,1 @@
+"""From whatever the caller has to what runs through the model, and what enters its FFNs."""

@@ -1,0 +1,108 @@
+"""Running data through a model while watching what enters its FFNs.
+
+Shapes: N tokens in all, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_prunepath.inputs.data import Inputs, evaluating
+from torch_prunepath.inputs.padding import PaddingTracker
+from torch_prunepath.layer.ffn import FFNView
+
+
+class _LastFFNSeen(Exception):
+    """Ends a forward pass once nothing more is to be seen."""
+
+
+def visit_inputs(
+    model: nn.Module, views: Sequence[FFNView], inputs: Inputs, visit: Callable[[FFNView, Tensor], None]
+) -> None:
+    """Run ``inputs`` through a dense model and call ``visit(view, x_ND)`` with what enters each FFN, as it runs.
+
+    One FFN's input is alive at a time, and nothing after the last FFN is computed. Padding is left out. An FFN that is
+    called several times in one pass (shared layers) is visited once, with an even share of each call's tokens.
+
+    Raises:
+        ValueError: if some FFN is not reached by these inputs.
+    """
+    calls = _count_calls(model, views, inputs)
+    missed = [view.site for view in views if not calls[view.site]]
+    if missed:
+        raise ValueError(
+            f"calibration data does not reach {len(missed)} of {len(views)} FFNs (the first: {missed[0]}): pass inputs "
+            "that run the whole model, or a config with partition='kmeans', router='centroid', budget='uniform'"
+        )
+    kept: dict[str, list[Tensor]] = {view.site: [] for view in views}
+    remaining = sum(calls.values())
+
+    def watch(view: FFNView, tracker: PaddingTracker) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal remaining
+            x = args[0]
+            x_ND, keep = x.reshape(-1, x.shape[-1]), tracker.keep(x.shape[:-1])
+            x_ND = x_ND if keep is None else x_ND[keep]
+            parts = kept[view.site]
+            parts.append(x_ND[len(parts) :: calls[view.site]])
+            remaining -= 1
+            if len(parts) == calls[view.site]:
+                visit(view, torch.cat(parts))
+                parts.clear()
+            if remaining == 0:
+                raise _LastFFNSeen
+
+        return hook
+
+    with evaluating(model), PaddingTracker(model) as tracker, contextlib.ExitStack() as stack:
+        for view in views:
+            stack.enter_context(removing(view.up.register_forward_pre_hook(watch(view, tracker))))
+        with contextlib.suppress(_LastFFNSeen):
+            model(**quiet(model, inputs))
+
+
+def _count_calls(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> dict[str, int]:
+    """How often one forward pass calls each FFN, from a pass over a sliver of the inputs."""
+    calls = {view.site: 0 for view in views}
+
+    def count(view: FFNView) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            calls[view.site] += 1
+
+        return hook
+
+    sliver = {k: v[:1, :8] if _is_ids(v) else v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    with evaluating(model), contextlib.ExitStack() as stack:
+        for view in views:
+            stack.enter_context(removing(view.up.register_forward_pre_hook(count(view))))
+        model(**quiet(model, sliver))
+    return calls
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+@contextlib.contextmanager
+def removing(handle: Any) -> Iterator[None]:
+    """Remove a hook's handle at the end of the context."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def quiet(model: nn.Module, inputs: Inputs) -> Inputs:
+    """``inputs``, and no cache where the model knows of one."""
+    if (
+        hasattr(getattr(model, "config", None), "use_cache")
+        and "use_cache" in inspect.signature(model.forward).parameters
+    ):
+        return {**inputs, "use_cache": False}
+    return inputs

@@ -1,0 +1,110 @@
+"""What a sparse layer computes with its projections: by operators where they are just weights, else by calling them.
+
+Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.layer.ffn import FFNView, bias_of, weight_out_in
+from torch_prunepath.ops.operators import expand_experts, expert_down, expert_up, zero_inactive
+
+Weights: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Of up ``[F, D]`` and ``[F]``, then of gate likewise, as far as there are any."""
+
+
+def is_plain(view: FFNView, *modules: nn.Module | None) -> bool:
+    """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks."""
+    known: tuple[type, ...] = view.owner.projection_types  # type: ignore[assignment]
+    return all(
+        module is None or (any(type(module) is kind for kind in known) and not is_watched(module)) for module in modules
+    )
+
+
+def runs_here_and_now(x_TD: Tensor) -> bool:
+    """Whether the input is in this machine's memory and nobody traces, compiles or intercepts operators."""
+    return (
+        type(x_TD) is Tensor
+        and x_TD.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something hooks into the module's forward or replaces it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def is_idle(owner: nn.Module, dropout: str | None) -> bool:
+    """Whether this dropout, if there is one, does nothing: a person may switch it on in a model that evaluates."""
+    module = None if dropout is None else owner.get_submodule(dropout)
+    return module is None or not (module.training or is_watched(module))
+
+
+def up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
+    """``[T, D] -> [T, F]``: what goes into the last projection, 0 where experts are inactive."""
+    if is_plain(view, view.up, view.gate):
+        weights = view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F
+        return up_of(x_TD, mask_TE, weights, activation, size)
+    return up_by_modules(view, x_TD, mask_TE, activation, size)
+
+
+def up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
+    """Let the projections compute every neuron, whatever wraps them; then drop what is inactive."""
+    act = ACTIVATIONS[activation]
+    pre = view.up(x_TD)
+    if view.gate is not None:
+        h_TF = act(view.gate(x_TD)) * pre
+    elif view.spec.fused is not None:
+        first, second = pre.chunk(2, dim=-1)
+        h_TF = act(first) * second if view.spec.fused == "gate_up" else first * act(second)
+    else:
+        h_TF = act(pre)
+    return zero_inactive(h_TF, mask_TE, size)
+
+
+def up_of(x_TD: Tensor, mask_TE: Tensor, weights: Weights, activation: str, size: int) -> Tensor:
+    """:func:`up` of these weights, by the operator."""
+    x, *cast = _autocast(x_TD, *weights)
+    return expert_up(x, mask_TE, *cast, activation, size)
+
+
+def down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
+    """``[T, F] -> [T, D]``, each expert's part times its gate."""
+    if is_plain(view, view.down):
+        return down_of(view.down, h_TF, mask_TE, gates_TE, size)
+    return down_by_modules(view, h_TF, mask_TE, gates_TE, size)
+
+
+def down_by_modules(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
+    """Let the last projection read every neuron: inactive ones are 0."""
+    if gates_TE is not None:
+        h_TF = h_TF * expand_experts(gates_TE, size, h_TF.shape[1]).to(h_TF.dtype)
+    if is_plain(view, view.down) and not torch.is_autocast_enabled(h_TF.device.type):
+        h_TF = h_TF.to(weight_out_in(view.down).dtype)  # T5's is float32 whatever the model's
+    y_TD: Tensor = view.down(h_TF)
+    return y_TD
+
+
+def down_of(module: nn.Module, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
+    """:func:`down` of this projection, by the operator."""
+    h, weight_DF, bias_D = _autocast(h_TF, weight_out_in(module), bias_of(module))
+    assert h is not None and weight_DF is not None
+    # T5 keeps its last projection in float32 whatever the model's dtype.
+    return expert_down(h.to(weight_DF.dtype), mask_TE, gates_TE, weight_DF.t(), bias_D, size)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to a linear layer's inputs: our operators are not on its list."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -1,0 +1,86 @@
+"""The sparse FFN as anyone can read it: fp32 (or fp64), token by token, expert by expert. The oracle of the tests.
+
+Shapes: T tokens, D hidden size, F neurons, E experts of S neurons (the last may be smaller).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.config import num_experts
+from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.rms import EPSILON
+
+
+def select_reference(scores: list[float], tau: float, rule: str = "reach", shared: int = 0) -> list[bool]:
+    """The selection of one token in plain Python, from the definition."""
+    if shared:
+        return [True] * shared + select_reference(scores[shared:], tau, rule)
+    if tau >= 1.0:
+        return [True] * len(scores)
+    p = torch.softmax(torch.tensor(scores, dtype=torch.float64), dim=0).tolist()
+    order = sorted(range(len(p)), key=lambda e: (-p[e], e))
+    active = [False] * len(p)
+    mass = 0.0
+    for rank, e in enumerate(order):
+        crossing = mass if rule == "reach" else mass + p[e]
+        if rank == 0 or crossing < tau:
+            active[e] = True
+        mass += p[e]
+    return active
+
+
+def router_scores_reference(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, normalise: bool = False) -> Tensor:
+    """Router scores in float64, token by token; of the token divided by its root mean square if ``normalise``."""
+    weight_ED, bias_E = weight_ED.double(), None if bias_E is None else bias_E.double()
+    rows = []
+    for x_D in x_TD.double():
+        if normalise:
+            x_D = x_D / (x_D.square().mean() + EPSILON).sqrt()
+        rows.append(weight_ED @ x_D if bias_E is None else weight_ED @ x_D + bias_E)
+    return torch.stack(rows) if rows else x_TD.new_zeros(0, len(weight_ED), dtype=torch.float64)
+
+
+def sparse_ffn_reference(
+    view: FFNView, x_TD: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, expert_size: int
+) -> Tensor:
+    """``y_t = sum over active e of g_te * FFN_e(x_t)``, plus the down-projection's bias once.
+
+    Args:
+        view: the FFN, its neurons already grouped: expert e holds neurons ``e*S`` to ``(e+1)*S - 1``.
+        x_TD: input ``[T, D]``, fp32 or fp64; everything is computed in its dtype.
+        mask_TE: bool ``[T, E]``.
+        gates_TE: weights of the experts ``[T, E]``, or None for 1.
+        expert_size: S.
+
+    Returns:
+        ``[T, D]`` in the dtype of ``x_TD``.
+    """
+    dtype, ffn_size = x_TD.dtype, view.spec.ffn_size
+    act = ACTIVATIONS[view.spec.activation]
+
+    def rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
+        return None if tensor is None else tensor[start:stop].to(dtype)
+
+    def affine(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        return weight @ x if bias is None else weight @ x + bias
+
+    outputs = []
+    for t in range(x_TD.shape[0]):
+        y = torch.zeros_like(x_TD[t]) if view.down_bias_D is None else view.down_bias_D.to(dtype).clone()
+        for e in range(num_experts(ffn_size, expert_size)):
+            if not mask_TE[t, e]:
+                continue
+            start, stop = e * expert_size, min((e + 1) * expert_size, ffn_size)
+            up = rows(view.up_FD, start, stop)
+            down = rows(view.down_FD, start, stop)
+            gate = rows(view.gate_FD, start, stop)
+            assert up is not None and down is not None
+            h = affine(up, rows(view.up_bias_F, start, stop), x_TD[t])
+            h = act(h) if gate is None else act(affine(gate, rows(view.gate_bias_F, start, stop), x_TD[t])) * h
+            expert = h @ down
+            y = y + (expert if gates_TE is None else gates_TE[t, e].to(dtype) * expert)
+        outputs.append(y)
+    return torch.stack(outputs) if outputs else torch.zeros_like(x_TD)

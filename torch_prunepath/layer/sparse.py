@@ -1,0 +1,325 @@
+"""The sparse FFN: an existing module whose class is swapped, so that names, shapes and state-dict keys stay.
+
+A whole FFN becomes a :class:`SparseFFN`. Where a model keeps fc1 and fc2 apart (OPT, BERT, Bloom), fc1 becomes a
+:class:`SparseUp` and fc2 a :class:`SparseDown`, and the model's own forward runs between them.
+
+Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
+from torch_prunepath.layer.ffn import FFNView, bias_of, site_name, weight_out_in
+from torch_prunepath.layer.projections import (
+    down,
+    down_by_modules,
+    down_of,
+    is_idle,
+    is_plain,
+    is_watched,
+    runs_here_and_now,
+    up,
+    up_by_modules,
+    up_of,
+)
+from torch_prunepath.layer.router import Router
+from torch_prunepath.ops.cpu.ffn import routed_ffn
+from torch_prunepath.ops.cpu.packs import Packs
+from torch_prunepath.ops.operators import select_experts
+from torch_prunepath.ops.sparse_ffn import sparse_ffn
+from torch_prunepath.select import sigmoid_gates
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """How a sparse FFN routes.
+
+    Attributes:
+        expert_size: S.
+        rule: of the selection.
+        gate: weight of an active expert's output.
+        gate_offset: the constant inside the sigmoid gate.
+        shared: how many experts, the first ones, are always active with gate 1; the router chooses among the others.
+    """
+
+    expert_size: int
+    rule: Rule = "reach"
+    gate: Gate = "one"
+    gate_offset: float = 0.0
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one layer's router chose in one call; given to routing hooks.
+
+    Attributes:
+        name: qualified name of the sparse layer.
+        x_TD: the layer's input, flattened to tokens.
+        scores_TE: float32 router scores.
+        mask_TE: bool, the active experts.
+        shape: the input's leading dimensions, usually (batch, sequence); their product is T.
+    """
+
+    name: str
+    x_TD: Tensor
+    scores_TE: Tensor
+    mask_TE: Tensor
+    shape: tuple[int, ...]
+
+
+RoutingHook = Callable[[Routing], Tensor | None]
+
+SelectionRule = Callable[[Tensor, Tensor], Tensor]
+"""``(scores_TE, tau) -> mask_TE``, of tensor operations alone: it is traced by torch.compile, once for alike layers."""
+
+
+class Recorder(Protocol):
+    """Watches a layer like a routing hook, but changes nothing; torch.compile traces it with the layer."""
+
+    def note(
+        self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
+    ) -> None:
+        """A selection was made."""
+
+
+class Swapped(nn.Module):
+    """A module whose class was swapped for one made at run time; pickle and deepcopy rebuild the class."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        dense, kind = bases_of(type(self))
+        return _blank, (dense, kind), self.__dict__.copy()
+
+
+class RoutedExperts(Swapped):
+    """What every sparse layer has: a router, tau, the permutation of its neurons, and routing hooks.
+
+    Never built by itself: :func:`torch_prunepath.layer.swap.make_routed` mixes it into the class of an existing module.
+    """
+
+    ffn: FFNSpec
+    experts: ExpertsSpec
+    router: Router
+    tau: Tensor
+    permutation: Tensor
+    budget: float
+    routing_hooks: OrderedDict[int, RoutingHook]
+    recorders: tuple[Recorder, ...] = ()
+    selection: SelectionRule | None = None  # in the place of experts.rule
+
+    @property
+    def name(self) -> str:
+        """Qualified name of this layer in the model that was made sparse."""
+        return site_name(self.ffn)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return num_experts(self.ffn.ffn_size, self.experts.expert_size)
+
+    @property
+    def router_norm(self) -> bool:
+        """Whether the router reads tokens divided by their root mean square; adapters around it do not."""
+        return getattr(self.router, "base_layer", self.router).normalise
+
+    def route(self, x_TD: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, or None where all are 1."""
+        scores_TE = self.router(x_TD)
+        experts = self.experts
+        if self.selection is None:
+            mask_TE = select_experts(scores_TE, self.tau, experts.rule, experts.shared)
+        else:
+            mask_TE = self.selection(scores_TE.detach(), self.tau)
+        for hook in self.routing_hooks.values():
+            replaced = hook(Routing(self.name, x_TD, scores_TE, mask_TE, shape))
+            if replaced is not None:
+                mask_TE = _checked_mask(self.name, replaced, mask_TE)
+        for recorder in self.recorders:
+            recorder.note(self, x_TD, scores_TE, mask_TE, shape)
+        if experts.gate == "one":
+            return mask_TE, None
+        return mask_TE, sigmoid_gates(scores_TE, experts.gate_offset, experts.shared)
+
+    def routed(self, values_TE: Tensor) -> Tensor:
+        """Of what there is for every expert, that of those which the router chooses among: all but the shared ones."""
+        return values_TE[:, self.experts.shared :] if self.experts.shared else values_TE
+
+    def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
+        """Call ``hook(routing)`` after every selection; a bool ``[T, E]`` that it returns replaces the mask."""
+        handle = RemovableHandle(self.routing_hooks)
+        handle.id = max(self.routing_hooks, default=-1) + 1  # alike in all layers, for torch.compile
+        self.routing_hooks[handle.id] = hook
+        return handle
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise ValueError(
+            "nn.DataParallel cannot copy a sparse layer: its replicas would share hooks and hand-offs between threads; "
+            "use DistributedDataParallel, one process for each device"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # half() and to(bfloat16) move every floating point buffer; tau must keep its float32 value.
+        tau = self.tau
+        super()._apply(fn, recurse)
+        if self.tau.dtype != tau.dtype:
+            self.tau = tau.to(self.tau.device)
+        return self
+
+
+def _checked_mask(name: str, replaced: Tensor, mask_TE: Tensor) -> Tensor:
+    if replaced.shape != mask_TE.shape or replaced.dtype != torch.bool:
+        raise ValueError(
+            f"{name}: a routing hook must return None or a bool mask of shape {tuple(mask_TE.shape)}, "
+            f"not {replaced.dtype} {tuple(replaced.shape)}"
+        )
+    return replaced
+
+
+class SparseFFN(RoutedExperts):
+    """A whole FFN that computes only the experts its router chooses."""
+
+    projection_types: tuple[type, ...]  # of the modules that discovery found to compute a linear layer
+    packs: Packs | None = None  # a user may give one
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., D] -> [..., D]``."""
+        shape = hidden_states.shape
+        x_TD = hidden_states.reshape(-1, shape[-1])
+        view = FFNView.of_owner(self, self.ffn)
+        if self._takes_one_operator(view, x_TD):
+            return self._forward_at_once(view, x_TD).reshape(shape)
+        mask_TE, gates_TE = self.route(x_TD, shape[:-1])
+        # In training, what the operators would compute again for the gradient is kept, as in a dense model.
+        apart = not (self.training and torch.is_grad_enabled())
+        run_up, run_down = (up, down) if apart else (up_by_modules, down_by_modules)
+        h_TF = run_up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
+        if self.ffn.hidden_dropout is not None:
+            h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
+        y_TD = run_down(view, h_TF, mask_TE, gates_TE, self.experts.expert_size)
+        if self.ffn.output_dropout is not None:
+            y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
+        return y_TD.reshape(shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if self.packs is not None:
+            self.packs.clear()
+        return super()._apply(fn, recurse)
+
+    def _takes_one_operator(self, view: FFNView, x_TD: Tensor) -> bool:
+        """Whether only the output is needed, of our own rule: no gradient, hook or dropout."""
+        return (
+            not torch.is_grad_enabled()
+            and not self.training
+            and not self.recorders
+            and self.selection is None
+            and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
+            and type(self.router) is Router
+            and not is_watched(self.router)
+            and is_plain(view, view.up, view.gate, view.down)
+            and all(is_idle(self, name) for name in (self.ffn.hidden_dropout, self.ffn.output_dropout))
+            and x_TD.dtype == weight_out_in(view.up).dtype == weight_out_in(view.down).dtype
+            and not torch.is_autocast_enabled(x_TD.device.type)
+        )
+
+    def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:
+        experts, router = self.experts, self.router
+        # The operator's dispatch costs as much as a small layer's projection.
+        compute = functools.partial(routed_ffn, packs=self.packs) if runs_here_and_now(x_TD) else sparse_ffn
+        return compute(
+            x_TD,
+            router.weight,
+            router.bias,
+            self.tau,
+            experts.rule,
+            None if experts.gate == "one" else experts.gate_offset,
+            view.up_FD,
+            view.up_bias_F,
+            view.gate_FD,
+            view.gate_bias_F,
+            view.down_FD,
+            view.down_bias_D,
+            self.ffn.activation,
+            experts.expert_size,
+            router.normalise,
+            experts.shared,
+        )
+
+
+class Handoff:
+    """Carries one routing from a :class:`SparseUp` to its :class:`SparseDown` within one forward pass."""
+
+    def __init__(self) -> None:
+        self.routing: tuple[Tensor, Tensor | None] | None = None
+
+
+class SparseUp(RoutedExperts):
+    """fc1 of an FFN whose two layers a model calls apart; also holds the router. Inactive neurons come out as 0."""
+
+    handoff: Handoff
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., F]``, or ``[..., 2F]`` if gate and up are fused."""
+        shape = x.shape
+        x_TD = x.reshape(-1, shape[-1])
+        mask_TE, gates_TE = self.route(x_TD, shape[:-1])
+        self.handoff.routing = (mask_TE, gates_TE)
+        rows, bias = weight_out_in(self), bias_of(self)
+        # Fused gate and up: two FFN widths under one mask.
+        halves = [(rows, bias)]
+        if self.ffn.fused is not None:
+            biases = (None, None) if bias is None else bias.chunk(2)
+            halves = list(zip(rows.chunk(2), biases, strict=True))
+        size = self.experts.expert_size
+        h = torch.cat([up_of(x_TD, mask_TE, (w, b, None, None), "none", size) for w, b in halves], dim=-1)
+        return h.reshape(*shape[:-1], h.shape[-1])
+
+
+class SparseDown(Swapped):
+    """fc2 of an FFN whose two layers a model calls apart."""
+
+    handoff: Handoff
+    expert_size: int
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``[..., F] -> [..., D]``."""
+        assert self.handoff.routing is not None, "fc2 was called before its fc1"
+        mask_TE, gates_TE = self.handoff.routing
+        self.handoff.routing = None
+        y_TD = down_of(self, h.reshape(-1, h.shape[-1]), mask_TE, gates_TE, self.expert_size)
+        return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
+
+
+# --- swapping classes -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def sparse_class(dense: type, kind: type) -> type:
+    """The class ``kind`` mixed over ``dense``: one for each pair, so that ``type(a) is type(b)`` for like layers."""
+    return type(f"{kind.__name__}[{dense.__name__}]", (kind, dense), {"__module__": __name__, "__doc__": kind.__doc__})
+
+
+def bases_of(sparse: type) -> tuple[type, type]:
+    """The dense class and the kind that :func:`sparse_class` made a class of."""
+    kind, dense = sparse.__bases__
+    return dense, kind
+
+
+def _blank(dense: type, kind: type) -> nn.Module:
+    """An instance without state, for pickle and deepcopy: the class has no importable name of its own."""
+    cls = sparse_class(dense, kind)
+    return cls.__new__(cls)  # type: ignore[no-any-return, call-overload]
+
+
+def is_sparse(module: nn.Module) -> bool:
+    """Whether ``module`` is a sparse layer (or the second half of one)."""
+    return isinstance(module, Swapped)

@@ -1,0 +1,69 @@
+"""Turning modules into sparse layers and back, in place: by swapping their class.
+
+Shapes: F neurons.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from torch_prunepath.layer import ExpertsSpec, RoutedExperts, SparseFFN, is_sparse
+from torch_prunepath.layer.ffn import FFNView, weight_out_in
+from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.sparse import Handoff, SparseDown, SparseUp, bases_of, sparse_class
+
+
+def make_routed(
+    view: FFNView, experts: ExpertsSpec, router: Router, order_F: Tensor, tau: float, budget: float = 1.0
+) -> RoutedExperts:
+    """Turn a dense FFN, whose neurons are already in expert order, into a sparse one, in place.
+
+    Args:
+        view: the dense FFN.
+        experts: how it routes.
+        router: ``Router(D, E)``.
+        order_F: the permutation that was applied.
+        tau: in (0, 1].
+        budget: how much of the model's tau this layer takes part in; see :func:`torch_prunepath.sparsity.layer_tau`.
+    """
+    spec = view.spec
+    site = view.up if spec.split else view.owner
+    device = weight_out_in(view.up).device
+    site.__class__ = sparse_class(type(site), SparseUp if spec.split else SparseFFN)  # type: ignore[arg-type]
+    assert isinstance(site, RoutedExperts)
+    site.ffn, site.experts, site.budget, site.routing_hooks = spec, experts, budget, OrderedDict()
+    site.router = router
+    site.register_buffer("tau", torch.tensor(tau, dtype=torch.float32, device=device), persistent=False)
+    site.register_buffer("permutation", order_F.to(device=device, dtype=torch.int32))
+    if isinstance(site, SparseFFN):
+        site.projection_types = tuple(
+            {type(module) for module in (view.up, view.gate, view.down) if module is not None}
+        )
+    if isinstance(site, SparseUp):
+        site.handoff = handoff = Handoff()
+        view.down.__class__ = sparse_class(type(view.down), SparseDown)  # type: ignore[arg-type]
+        view.down.handoff, view.down.expert_size = handoff, experts.expert_size  # type: ignore[assignment]
+    return site
+
+
+_ROUTED_STATE = (
+    "router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "recorders", "selection",
+    "projection_types", "packs", "handoff",
+)  # fmt: skip
+_DOWN_STATE = ("handoff", "expert_size")
+
+
+def make_dense(view: FFNView) -> None:
+    """Undo :func:`make_routed`, in place, also one that was interrupted. Neurons stay in expert order."""
+    site = view.up if view.spec.split else view.owner
+    for module, names in ((site, _ROUTED_STATE), (view.down, _DOWN_STATE)):
+        if not is_sparse(module):
+            continue
+        for name in names:
+            for holder in (module._modules, module._buffers, module.__dict__):
+                holder.pop(name, None)
+        module._non_persistent_buffers_set.discard("tau")
+        module.__class__ = bases_of(type(module))[0]
