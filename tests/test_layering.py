@@ -17,6 +17,7 @@ APART = {"csrc_triton": ROOT / "csrc_triton", "integrations": ROOT / "integratio
 ROOMS = [
     "activations",
     "config",
+    "weights",
     "rms",
     "select",
     "csrc_triton",
