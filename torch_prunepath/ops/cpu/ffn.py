@@ -61,7 +61,7 @@ def choose(
     (tokens, experts), neurons = shape, active * expert_size
     packed_down = None if packs is None else packs.of("down", weights.down_FD.t())
     packs = None if packed_down is None else packs  # no copy of down, no other ones
-    gather_up = _dots_pay(neurons, tokens, weights.up_part, packs is not None and packs.every)
+    gather_up = _dots_pay(neurons, tokens, weights, packs is not None and packs.every)
     gather_down = rows.sums_pay(neurons, tokens, weights.down_FD, packed_down is not None)
     packed_up = packed_gate = None
     if packs is not None and not gather_up:
@@ -70,7 +70,7 @@ def choose(
     return How(active == tokens * experts, gather_up, gather_down, packed_up, packed_gate, packed_down)
 
 
-def _dots_pay(neurons: int, tokens: int, weights: UpWeights, packed: bool = False) -> bool:
+def _dots_pay(neurons: int, tokens: int, weights: FFNWeights | UpWeights, packed: bool = False) -> bool:
     """:func:`torch_prunepath.ops.cpu.rows.dots_pay` of up and of gate."""
     up_FD, gate_FD = weights.up_FD, weights.gate_FD
     return rows.dots_pay(neurons, tokens, up_FD, packed) and (
