@@ -52,7 +52,7 @@ LOAD = "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n
         f"import torch_prunepath, transformers\n{LOAD}",
         f"import transformers\nfrom transformers import AutoModelForCausalLM\nimport torch_prunepath\n{LOAD}",
         f"import torch, torch_prunepath, transformers\ntorch.ops.prunepath.router_scores\n{LOAD}",
-        "import torch_prunepath\nfrom transformers import pipeline\nmodel = pipeline('text-generation', sys.argv[1]).model"  # noqa: E501,
+        "import torch_prunepath\nfrom transformers import pipeline\nmodel = pipeline('text-generation', sys.argv[1]).model",  # noqa: E501
         "import torch_prunepath\nfrom transformers.quantizers import auto\nimport transformers\n" + LOAD,
         f"import torch_prunepath.train.compiling, transformers\n{LOAD}",
         f"import torch_prunepath.integrations.transformers, transformers\n{LOAD}",

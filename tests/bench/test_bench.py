@@ -151,10 +151,6 @@ def test_layers_exceed_the_cache_at_the_highest_sparsity(layers: int | None, mon
         expert_size=8,
         gate="one",
         layers=layers,
-        seconds=1.0,
-        seed=0,
-        output=None,
-        command_line="",
     )
     count = layers_wanted(layer, options)
     if layers is None:

@@ -17,7 +17,7 @@ from torch_prunepath.bench.layers import SCORE_SPREAD
 from torch_prunepath.bench.options import DecodeOptions
 from torch_prunepath.bench.sources import is_sparse_checkpoint, load_folder
 from torch_prunepath.config import SparsifyConfig
-from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.console.errors import UserError
 from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.evaluation.models import longest_context
@@ -70,8 +70,7 @@ def make_sparse(name: str, model: Any, options: DecodeOptions) -> Any:
         gate=options.gate,  # type: ignore[arg-type]
         budget="uniform",
     )
-    with as_user_error(ValueError):
-        sparsify(model, tau=1.0, config=config, progress=False)
+    sparsify(model, tau=1.0, config=config, progress=False)
     _randomise_routers(model, options.seed)
     return model
 

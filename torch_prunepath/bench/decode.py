@@ -43,6 +43,8 @@ LARGEST_BOUND = 0.5
 """Where some roundings of the FFNs' inputs move logits by more than ``BOUNDS``, that much is allowed, but never
 more than this: zeros are 1 away, unrelated logits 1.4."""
 
+render = record.render
+
 Maker = Callable[[Any], Work]
 """Makes something to time from a model, dense or sparse."""
 
@@ -58,17 +60,17 @@ class _Dense:
     requests: list[dict[str, Any]]
 
 
-def run(options: DecodeOptions) -> dict[str, Any]:
+def run(options: DecodeOptions, command_line: str = "") -> dict[str, Any]:
     """Check, time, and return what was measured, ready for JSON.
 
     Raises:
-        UserError: if something that was asked for cannot be had; ``WrongResult`` if logits are wrong.
+        ValueError: if something that was asked for cannot be had; ``WrongResult`` if logits are wrong.
     """
     with as_user_error(InvalidBackend):
         torch._dynamo.lookup_backend(options.backend)
     start_profiles(options)
     bandwidth = copy_bandwidth(options.torch_device)
-    results = record.begin("decode", options, bandwidth)
+    results = record.begin("decode", options, command_line, bandwidth)
     results |= {"backend": options.backend, "context": options.context, "new_tokens": options.new_tokens}
     results |= {"prompts": [], "skipped": []}
     if options.profile is not None:

@@ -22,16 +22,19 @@ from torch_prunepath.bench.sources import Source, open_source
 from torch_prunepath.bench.timing import Timing, copy_bandwidth, peak_memory, ready, timed
 
 CHECKED_LAYERS = 2
+"""Layers whose outputs are compared: all are made alike, and float64 takes its time."""
+
+render = record.render
 
 
-def run(options: FFNOptions) -> dict[str, Any]:
+def run(options: FFNOptions, command_line: str = "") -> dict[str, Any]:
     """Check, time, and return what was measured, ready for JSON.
 
     Raises:
-        UserError: if something that was asked for cannot be had; ``WrongResult`` if an output is wrong.
+        ValueError: if something that was asked for cannot be had; ``WrongResult`` if an output is wrong.
     """
     bandwidth = copy_bandwidth(options.torch_device)
-    results = record.begin("ffn", options, bandwidth)
+    results = record.begin("ffn", options, command_line, bandwidth)
     total = len(options.geometries) * len(options.tokens) * len(options.sparsities)
     with tqdm(total=total, desc="bench ffn", unit="row", disable=None) as bar:
         for name in options.geometries:
