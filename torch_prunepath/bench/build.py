@@ -28,7 +28,8 @@ from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import register_routing_hook, set_tau
 
 SCALING_TOKENS = 64
-"""Random tokens on which the spread of routers' scores, and the size of FFNs' outputs, is measured."""
+"""Random tokens on which the spread of routers' scores, and the size of FFNs' outputs, is measured: means over D and E
+do not need more."""
 
 FFN_SHARE = 0.1
 """What one FFN of a model with random weights adds, relative to the embeddings."""

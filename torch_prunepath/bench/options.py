@@ -67,7 +67,7 @@ class BenchOptions:
         geometries: known models' sizes by name, or models' folders.
         device: where to run.
         batches: tokens a call (ffn), or sequences decoded at once (decode).
-        prompts: prompt lengths to read at once.
+        prompt_lengths: prompt lengths to read at once.
         sparsities: inactive shares of the neurons, in [0, 1).
         dtype: dtype of weights and activations.
         expert_size: neurons an expert, where the model does not have experts already.
@@ -84,7 +84,7 @@ class BenchOptions:
     geometries: Sequence[str] = option("--geometry", metavar="NAME|DIR")
     device: Literal["cpu", "cuda"] = "cpu"
     batches: Sequence[int] = option("--batch", default=(1,), nargs="*")
-    prompts: Sequence[int] = option("--prompt", default=(), nargs="*")
+    prompt_lengths: Sequence[int] = option("--prompt", default=(), nargs="*")
     sparsities: Sequence[float] = option("--sparsity", default=(0.5, 0.7, 0.8, 0.9, 0.95))
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     expert_size: int = 32
@@ -99,9 +99,9 @@ class BenchOptions:
             resolve(name)
         if self.device == "cuda":
             _check_cuda()
-        if not (self.batches or self.prompts) or not self.sparsities:
+        if not (self.batches or self.prompt_lengths) or not self.sparsities:
             raise UserError("nothing to time: give at least one --batch or --prompt, and one --sparsity")
-        counts = {"--batch": self.batches, "--prompt": self.prompts, "--expert-size": [self.expert_size]}
+        counts = {"--batch": self.batches, "--prompt": self.prompt_lengths, "--expert-size": [self.expert_size]}
         for name, values in (counts | {"--layers": [] if self.layers is None else [self.layers]}).items():
             if any(value < 1 for value in values):
                 raise UserError(f"{name} takes whole numbers from 1")
@@ -141,7 +141,7 @@ class FFNOptions(BenchOptions):
     @property
     def tokens(self) -> list[int]:
         """Tokens a call: batches and prompts alike, without repetition, in order."""
-        return sorted({*self.batches, *self.prompts})
+        return sorted({*self.batches, *self.prompt_lengths})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ class DecodeOptions(BenchOptions):
             CUDA, graph, graph-combo, graph-max-autotune.
         sparse_modes: sparse modes, of which the best counts.
         backend: torch.compile's backend of the sparse model.
-        requests: also measure N prompts of different lengths one by one.
+        num_prompts: also measure N prompts of different lengths one by one.
         profile: file for where one call's time goes: kernels (CUDA), operators (CPU).
     """
 
@@ -164,7 +164,7 @@ class DecodeOptions(BenchOptions):
     modes: Sequence[str] | None = option(default=None, metavar="MODE")
     sparse_modes: Sequence[str] | None = option(default=None, metavar="MODE")
     backend: str = "prunepath"
-    requests: int = option("--prompts", default=0, metavar="N")
+    num_prompts: int = option("--prompts", default=0, metavar="N")
     profile: Path | None = option(default=None, metavar="FILE")
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ class DecodeOptions(BenchOptions):
         for name, value, least in (
             ("--context", self.context, 1),
             ("--new-tokens", self.new_tokens, 1),
-            ("--prompts", self.requests, 0),
+            ("--prompts", self.num_prompts, 0),
         ):
             if value < least:
                 raise UserError(f"{name} takes whole numbers from {least}")

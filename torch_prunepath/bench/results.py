@@ -86,8 +86,8 @@ def render(results: Mapping[str, Any]) -> str:
     lines += [f"bandwidth  {results['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, read and written by a large copy"]
     lines += [f"{name}: {about['weights']}" for name, about in results["geometries"].items()]
     lines += ["", *report.aligned([_HEAD, *map(_cells, results["rows"])])]
-    for request in results.get("prompts", []):
-        lines.append(_request(request))
+    for prompt in results.get("prompts", []):
+        lines.append(_prompt_line(prompt))
     lines += [f"not timed  {reason}" for reason in results.get("skipped", [])]
     if "profile" in results:
         lines += ["", f"profile    {results['profile']}"]
@@ -121,12 +121,12 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _request(request: Mapping[str, Any]) -> str:
+def _prompt_line(prompt: Mapping[str, Any]) -> str:
     return (
-        f"{request['geometry']} prompt {request['prompt']} ({request['prompt_tokens']} tokens) "
-        f"at {request['sparsity']:.0%}: latency {request['dense_latency_ms']:.1f} -> "
-        f"{request['sparse_latency_ms']:.1f} ms, {request['dense_tokens_per_s']:.1f} -> "
-        f"{request['sparse_tokens_per_s']:.1f} tokens/s"
+        f"{prompt['geometry']} prompt {prompt['prompt']} ({prompt['prompt_tokens']} tokens) "
+        f"at {prompt['sparsity']:.0%}: latency {prompt['dense_latency_ms']:.1f} -> "
+        f"{prompt['sparse_latency_ms']:.1f} ms, {prompt['dense_tokens_per_s']:.1f} -> "
+        f"{prompt['sparse_tokens_per_s']:.1f} tokens/s"
     )
 
 

@@ -32,13 +32,14 @@ from torch_prunepath.layer.manifest import METHOD
 from torch_prunepath.layer.views import sparse_views
 
 CACHES = 4
-"""What one pass over the layers reads exceeds the last cache this many times, also at the highest sparsity."""
+"""How many times one pass over the layers reads more than the last cache holds, also at the highest sparsity: with 4,
+what a layer left in the cache is gone when its turn comes again."""
 
 MEMORY_SHARE = 0.4
-"""Of the free memory, at most, for the layers of one geometry."""
+"""Largest share of the free memory for the layers of one geometry: inputs, outputs and graphs need the rest."""
 
 CPU_BYTES = 4 << 30
-"""On CPU, at most, for the layers of one geometry."""
+"""Most bytes for the layers of one geometry on CPUs: more would take minutes to draw."""
 
 WINDOW = 256
 """Tokens of text that a model reads at once to yield its layers' inputs."""
