@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from torch_prunepath import SparsifyConfig, fit_routers, load, register_routing_hook, set_tau, sparse_layers, sparsify
 from torch_prunepath.checkpoint import read_info
-from torch_prunepath.commands.cli import _parser
-from torch_prunepath.console.settings import given_settings
+from torch_prunepath.commands.cli import COMMANDS, _parser
+from torch_prunepath.console.options import options_of
 from torch_prunepath.experts import fit
 from torch_prunepath.experts.fit import fit_router
 from torch_prunepath.layer.router import Router
@@ -160,7 +160,8 @@ def test_an_adapter_around_a_router_hides_nothing() -> None:
 )
 def test_commands_take_every_setting(command: list[str]) -> None:
     def settings(*more: str) -> dict[str, Any]:
-        return given_settings(_parser().parse_args([*command, *more]))
+        found = options_of(COMMANDS[command[0]][0], _parser().parse_args([*command, *more]))
+        return found.settings  # type: ignore[no-any-return]
 
     assert settings() == {}
     assert settings("--router-norm") == {"router_norm": True}

@@ -22,6 +22,7 @@ MASS_TOLERANCE = 1e-5
 """Experts whose mass_before lies this near to tau may be active or not."""
 
 CHECKED_TOKENS = 8
+"""Tokens of a batch that are compared: float64 takes its time, and a kernel that is wrong is wrong for many."""
 
 BOUNDS: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
