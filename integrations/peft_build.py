@@ -50,7 +50,7 @@ def check_base(root: nn.Module) -> None:
     """Refuse a base model that cannot take adapters.
 
     Raises:
-        ValueError: with a remedy.
+        ValueError: if the model is sparse, quantised, or holds adapters already.
     """
     if isinstance(root, PeftModel | BaseTuner):
         raise ValueError(

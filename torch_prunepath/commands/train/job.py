@@ -90,7 +90,7 @@ class Unfinished:
         """Refuse to overwrite a run, or to resume none.
 
         Raises:
-            UserError: with a remedy.
+            UserError: if there is no unfinished run to resume, or one that was not asked for.
         """
         if resume and self.latest() is None:
             raise UserError(f"there is no unfinished run in {self.folder}: leave --resume out")
@@ -190,7 +190,7 @@ class _Session:
         self.kept = kept
 
     def bytes_needed(self) -> int:
-        """On disk, while the run is unfinished."""
+        """Bytes that the run takes on disk while it is unfinished."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return int(1.1 * report.num_bytes(self.model)) + STATE_BYTES * parameters
 
