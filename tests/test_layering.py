@@ -18,6 +18,7 @@ ROOMS = [
     "on_import",
     "activations",
     "config",
+    "weights",
     "rms",
     "select",
     "csrc_triton",

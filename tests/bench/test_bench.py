@@ -14,8 +14,7 @@ import torch
 from tiny_llama import save_tiny_llama, tiny_llama
 from transformers import AutoModelForCausalLM
 
-import torch_prunepath.layer.sparse
-from torch_prunepath import SparsifyConfig, set_tau, sparsify
+from torch_prunepath import SparsifyConfig, register_routing_hook, set_tau, sparsify
 from torch_prunepath.bench import build, check, modes, profile, prompts, results
 from torch_prunepath.bench.decoder import Decoder, Prefill, logits_of, read_prompt
 from torch_prunepath.bench.geometry import GEOMETRIES, Geometry
@@ -29,6 +28,7 @@ from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.reference import sparse_ffn_reference
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.ops import sparse_ffn as fused
+from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.operators import router_scores
 from torch_prunepath.select import mask_from_scores
 
@@ -192,7 +192,7 @@ def test_the_gate_lets_right_results_pass(geometry: Geometry, gate_name: str, dt
             assert 0 < error < check.BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("how", [{"normalise": True}, {"shared": 3}, {"normalise": True, "shared": 1}], ids=str)
+@pytest.mark.parametrize("how", [{"router_norm": True}, {"shared": 3}, {"router_norm": True, "shared": 1}], ids=str)
 def test_the_gate_knows_what_a_router_reads_and_what_it_does_not_choose(how: dict[str, Any]) -> None:
     plain, x_TD = layer_of(GATED, "sigmoid"), inputs(20)
     x_TD *= torch.logspace(-1, 1, len(x_TD)).unsqueeze(1)
@@ -495,7 +495,7 @@ def test_random_routers_spread_as_they_should() -> None:
     model = sparsify(tiny_llama(), tau=1.0, config=SPARSE, progress=False)
     build._randomise_routers(model, seed=0)
     spreads = []
-    with torch_prunepath.register_routing_hook(model, lambda r: spreads.append(float(r.scores_TE.std(-1).mean()))):
+    with register_routing_hook(model, lambda r: spreads.append(float(r.scores_TE.std(-1).mean()))):
         model(input_ids=build.random_ids(model, 1, 64, 0))
     assert spreads == pytest.approx([3.0, 3.0], rel=1e-4)
 
@@ -607,8 +607,8 @@ def test_a_step_that_differs_from_eager_yields_no_times(run, tiny: Path, monkeyp
 def test_a_sparse_model_that_is_not_dense_at_tau_1_yields_no_times(
     run, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = torch_prunepath.layer.sparse.routed_ffn
-    monkeypatch.setattr(torch_prunepath.layer.sparse, "routed_ffn", lambda *args, **named: 1.01 * right(*args, **named))
+    right = cpu.sparse_ffn
+    monkeypatch.setattr(cpu, "sparse_ffn", lambda *args: 1.01 * right(*args))
     refused(run("decode", "--geometry", tiny, "--sparsity", 0.5, *EAGER), 1, "at sparsity 0", "no time is reported")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,18 @@ def test_root_mean_square(D: int, dtype: torch.dtype) -> None:
 
 
 def test_it_is_off_unless_asked_for() -> None:
-    assert not SparsifyConfig().router_norm and not Router(3, 2).normalise
+    assert not SparsifyConfig().router_norm and not Router(3, 2).router_norm
     with pytest.raises(ValueError, match="router_norm='yes' must be True or False"):
         SparsifyConfig(router_norm="yes")  # type: ignore[arg-type]
+
+
+def test_routers_pickled_under_the_former_name_keep_it() -> None:
+    router, x = Router.of(torch.randn(3, 5), None, router_norm=True), torch.randn(2, 5)
+    expected = router(x)
+    router.normalise = vars(router).pop("router_norm")
+    assert not router.router_norm and not torch.equal(router(x), expected)
+    again = pickle.loads(pickle.dumps(router))
+    assert again.router_norm and not hasattr(again, "normalise") and torch.equal(again(x), expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"partition": "kmeans", "router": "centroid", "budget": "uniform"}], ids=str)

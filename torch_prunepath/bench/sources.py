@@ -207,12 +207,12 @@ def _layer(view: FFNView, options: FFNOptions) -> Layer:
     up_FD, gate_FD, down_FD = view.up_FD, view.gate_FD, view.down_FD.contiguous()
     device, dtype = up_FD.device, up_FD.dtype
     size, rule, offset = options.expert_size, "reach", None if options.gate == "one" else 0.0
-    normalise, shared = False, 0
+    router_norm, shared = False, 0
     if isinstance(site, RoutedExperts):
         experts = site.experts
         size, rule, offset = experts.expert_size, experts.rule, None if experts.gate == "one" else experts.gate_offset
         router_ED, router_bias_E = site.router.weight, site.router.bias
-        normalise, shared = site.router_norm, experts.shared
+        router_norm, shared = site.router_norm, experts.shared
     else:
         generator = torch.Generator(device).manual_seed(options.seed)
         shape = num_experts(view.spec.ffn_size, size), view.spec.hidden_size
@@ -233,7 +233,7 @@ def _layer(view: FFNView, options: FFNOptions) -> Layer:
         gate_offset=offset,
         activation=view.spec.activation,
         expert_size=size,
-        normalise=normalise,
+        router_norm=router_norm,
         shared=shared,
     )
 
