@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 from torch_prunepath.activations import ACTIVATIONS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format of the manifest in a checkpoint's config.json. 1 wrote out every layer; 2 writes once what layers share."""
 
 Rule = Literal["reach", "below"]
 Gate = Literal["one", "sigmoid"]
