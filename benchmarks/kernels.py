@@ -21,11 +21,12 @@ import triton
 from torch import Tensor
 
 from torch_prunepath.bench.geometry import GEOMETRIES
-from torch_prunepath.bench.layers import SCORE_SPREAD, tau_for
+from torch_prunepath.bench.layers import SCORE_SPREAD
 from torch_prunepath.bench.results import commit
 from torch_prunepath.bench.timing import Captured, copy_bandwidth, timed
 from torch_prunepath.csrc_triton import ffn
 from torch_prunepath.csrc_triton.order import Workspace, workspace
+from torch_prunepath.search import tau_of_scores
 from torch_prunepath.weights import FFNWeights, Selector
 
 SECONDS = 0.2
@@ -59,7 +60,7 @@ class Layer:
 
     def set_sparsity(self, sparsity: float) -> float:
         """Choose tau; return the share of inactive experts that it gives."""
-        self.tau.fill_(tau_for(ffn.router_scores(self.x, self.router, None), sparsity))
+        self.tau.fill_(tau_of_scores(ffn.router_scores(self.x, self.router, None), sparsity))
         self.run_router(self.work)
         self.run_selection(self.work)
         self.run_up()

@@ -26,7 +26,7 @@ from torch_prunepath.console.options import flag
 from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.conversion import sparsify
 from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
-from torch_prunepath.evaluation.make_sparse import SEARCH_WINDOWS
+from torch_prunepath.evaluation.make_sparse import search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.layer import RoutedExperts
@@ -209,7 +209,7 @@ class _Session:
             set_tau(self.model, 1.0)
             rows.append({"name": f"{when}, tau 1", "tau": 1.0, **self._perplexity(f"{when}, tau 1")})
         target = self.options.target_sparsity
-        some_NC = self.window_NC[:: -(-len(self.window_NC) // SEARCH_WINDOWS)]
+        some_NC = search_windows(self.window_NC)
         tau = set_sparsity(self.model, target, some_NC)
         name = f"{when}, {target:.0%} asked"
         if self.eval_NC is not None:
