@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch_prunepath.activations import ACTIVATIONS
-
 FORMAT_VERSION = 1
 
 Rule = Literal["reach", "below"]
@@ -32,6 +30,22 @@ def check_tau(tau: float) -> float:
     if not 0.0 < tau <= 1.0:
         raise ValueError(f"tau={tau} is outside (0, 1]: 1 activates every expert, smaller values activate fewer")
     return tau
+
+
+def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+    """Return ``sparsity``, the inactive share of neurons, as a float.
+
+    Args:
+        sparsity: what was asked for.
+        name: what the caller calls it, for the message.
+
+    Raises:
+        ValueError: if it is not in [0, 1).
+    """
+    sparsity = float(sparsity)
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"{name}={sparsity} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons active")
+    return sparsity
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,9 @@ class FFNSpec:
     output_dropout: str | None = None
 
     def __post_init__(self) -> None:
+        # Here, so that settings can be read without torch: a command's help is there at once.
+        from torch_prunepath.activations import ACTIVATIONS
+
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known: choose one of {', '.join(ACTIVATIONS)}")
         if self.gate is not None and self.fused is not None:
