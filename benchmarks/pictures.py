@@ -89,7 +89,7 @@ def quality_bytes(path: Path) -> None:
 def _draw_untrained(axes: Any, curves: dict[str, list[tuple[float, float]]], dense: float, origin: float) -> None:
     best, *others = STATIC
     axes.plot([origin], [dense], "D", color=GREY, clip_on=False)
-    axes.annotate("dense", (origin, dense), (9, 0), textcoords="offset points", color=GREY, va="center")
+    axes.annotate("dense", (origin, dense), (-4, 8), textcoords="offset points", color=GREY)
     names = {"static, norm": "static: contribution", "static, wanda": "static: Wanda, all weights"}
     draw(
         axes,

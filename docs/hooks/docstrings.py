@@ -1,4 +1,4 @@
-"""Griffe extensions for the API reference: sources are parsed, never imported, so the site builds without torch."""
+"""Griffe extension for the API reference: sources are parsed, never imported, so the site builds without torch."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ EXAMPLE = re.compile(r"^( *)Example::\n((?:\n|\1 +[^\n]*(?:\n|\Z))+)", re.MULTIL
 """The heading of an example, and all that is indented more than it."""
 
 
-class InstalledBelow(griffe.Extension):
-    """Makes ``integrations/`` known as ``torch_prunepath.integrations``, as setuptools' package-dir installs it."""
+class Reference(griffe.Extension):
+    """Makes ``integrations/`` known as ``torch_prunepath.integrations``, as it is installed, and docstrings Markdown."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
-        """Parse the folder's modules into the package."""
+        """Parse the folder's modules into the package, then rewrite the docstrings of all that is in it."""
         if pkg.path == "torch_prunepath":
             folder = _parse(APART, ROOT / APART / "__init__.py", pkg, loader)
             for path in sorted((ROOT / APART).glob("[!_]*.py")):
                 _parse(path.stem, path, folder, loader)
+            _rewrite(pkg)
 
 
-class PlainMarkdown(griffe.Extension):
-    """Turns what docstrings take from reStructuredText into Markdown: roles, and blocks after ``Example::``."""
-
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrite the docstring of a module, class, function or attribute."""
-        if obj.docstring is not None:
-            obj.docstring.value = markdown_of(obj.docstring.value)
+def _rewrite(thing: griffe.Object) -> None:
+    if thing.docstring is not None:
+        thing.docstring.value = markdown_of(thing.docstring.value)
+    for member in thing.members.values():
+        if isinstance(member, griffe.Object):  # what is imported from elsewhere is an alias
+            _rewrite(member)
 
 
 def markdown_of(docstring: str) -> str:
-    """The docstring without roles, and with its examples as fenced blocks."""
+    """The docstring without what it has from reStructuredText: roles go, and examples become fenced blocks."""
     return EXAMPLE.sub(_fenced, ROLE.sub(r"`\1`", docstring))
 
 
