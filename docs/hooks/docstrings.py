@@ -19,7 +19,7 @@ EXAMPLE = re.compile(r"^( *)Example::\n((?:\n|\1 +[^\n]*(?:\n|\Z))+)", re.MULTIL
 
 
 class Reference(griffe.Extension):
-    """Makes ``integrations/`` known as ``torch_prunepath.integrations``, as it is installed, and docstrings Markdown."""
+    """Puts ``integrations/`` where it is installed, below torch_prunepath, and turns docstrings into Markdown."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
         """Parse the folder's modules into the package, then rewrite the docstrings of all that is in it."""
