@@ -38,8 +38,8 @@ RULES: Mapping[str, SelectionRule] = MappingProxyType(
 ROUTERS: Mapping[str, type[Router]] = MappingProxyType(
     {kind.__name__: kind for kind in (Router, UnitRouter, MLPRouter)}
 )
-TRAITS = ("normalise", "activation", "unit_input", "magnitude")
-"""What routers have besides weights."""
+TRAITS = ("router_norm", "activation", "unit_input", "magnitude")
+"""Attributes that routers have besides weights."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:
