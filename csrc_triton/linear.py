@@ -81,7 +81,11 @@ def _linears_one(
 
 
 def _config(inputs: int) -> dict[str, int]:
-    """Measured on an H100, each output's weights contiguous; see docs/log.md."""
+    """How the kernel divides its work: the fastest of those tried on an H100, each output's weights contiguous.
+
+    What it gains is in docs/log.md, "whole models decoding on an H100" (``fuse_linears``); what it was chosen among was
+    not kept.
+    """
     block_d, warps = (1024, 2) if inputs <= 1024 else (2048, 4)
     return {"BLOCK_N": 2, "BLOCK_D": min(block_d, max(16, triton.next_power_of_2(inputs))), "num_warps": warps}
 
@@ -97,7 +101,7 @@ def linears(x_1D: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tenso
     config = _config(D)
     layers: list[object] = []
     for i in range(LINEARS_AT_ONCE):
-        j = min(i, count - 1)  # of a layer that is not there, something of the same kind
+        j = min(i, count - 1)  # for a layer that is not there, something of the same kind
         N = sizes[j] if i < count else 0
         layers += [weights_DN[j], biases_N[j], results[j], N, *weights_DN[j].stride()]
     blocks = sum(triton.cdiv(N, config["BLOCK_N"]) for N in sizes)

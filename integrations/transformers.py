@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+
+# From the very modules: this one may be imported while the packages around them are only half imported.
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torch_prunepath.layer.ffn import FFNView

@@ -199,7 +199,7 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         weight = weight_out_in(view.up)
         ffn, size = view.spec, layer.experts.expert_size
         router = Router(ffn.hidden_size, num_experts(ffn.ffn_size, size), bias=layer.router_bias).to(weight.dtype)
-        router.normalise = layer.router_norm
+        router.router_norm = layer.router_norm
         with torch.device(weight.device):
             order_F = torch.arange(ffn.ffn_size)
         site = make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)

@@ -16,12 +16,13 @@ from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.bench.layers import Layer
 from torch_prunepath.console.errors import UserError
 from torch_prunepath.layer.reference import router_scores_reference
-from torch_prunepath.ops.operators import expand_experts
+from torch_prunepath.ops.experts import expand_experts
 
 MASS_TOLERANCE = 1e-5
 """Experts whose mass_before lies this near to tau may be active or not."""
 
 CHECKED_TOKENS = 8
+"""Tokens of a batch that are compared: float64 takes its time, and a kernel that is wrong is wrong for many."""
 
 BOUNDS: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -97,7 +98,7 @@ class _Reference:
         up_TF = linear(layer.up_FD, layer.up_bias_F)
         self.h_TF = act(up_TF) if layer.gate_FD is None else act(linear(layer.gate_FD, layer.gate_bias_F)) * up_TF
         self.layer = layer
-        self.scores_TE = router_scores_reference(x_TD, layer.router_ED, layer.router_bias_E, layer.normalise)
+        self.scores_TE = router_scores_reference(x_TD, layer.router_ED, layer.router_bias_E, layer.router_norm)
         self.down_FD = layer.down_FD.double()
         self.bias_D = 0.0 if layer.down_bias_D is None else layer.down_bias_D.double()
 
