@@ -1,7 +1,10 @@
 """Routed sparsity for the feed-forward networks of Hugging Face models, with a run-time knob.
 
-import torch_prunepath
-torch_prunepath.sparsify(model, tau=0.9)
+Example::
+
+    import torch_prunepath
+
+    torch_prunepath.sparsify(model, tau=0.9)
 
 Public names are imported when they are first used, so that importing the package costs next to nothing.
 """
