@@ -1,8 +1,6 @@
-"""Perplexity against sparsity without training: partitions, routers, expert sizes, beside static removal and the
-oracle.
+"""Perplexity against sparsity without training: partitions, routers, expert sizes, static removal, the oracle.
 
-    python benchmarks/quality.py --model DIR_OR_GGUF --calibration FILE --test FILE --out
-    benchmarks/results/quality.json
+    python -m benchmarks quality --model DIR_OR_GGUF --calibration FILE --test FILE --out quality.json
 
 Every row is read off at the same realised sparsity on the test text. Baselines run
 through the same layers, as routing hooks: static removal keeps the same neurons for every token; the oracle routes by
@@ -14,12 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import lzma
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.harness.options import check_device, dispatch, parser_of
+from benchmarks.harness.store import replacing
+from benchmarks.harness.texts import first_windows, read_text
 from torch_prunepath import (
     SparsifyConfig,
     densify,
@@ -36,6 +36,7 @@ from torch_prunepath import (
     sparse_layers,
     sparsify,
 )
+from torch_prunepath.baselines.pruning import neuron_scores
 from torch_prunepath.bench.results import commit
 from torch_prunepath.console.report import machine
 from torch_prunepath.discover import find_ffns
@@ -47,48 +48,33 @@ from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import Routing
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.views import sparse_views
+from torch_prunepath.search import find_tau
 from torch_prunepath.select import mask_from_scores
 
 TOLERANCE = 0.004  # sparsity: perplexity is interpolated over at most this distance from a measured point
+MOST_TAU = 0.9999  # tau of the dense model on the axis of log(1 - tau), where 1 has no place
 PARTITIONS = ["coactivation", "kmeans", "contiguous", "random"]
 STATIC = ["norm", "wanda", "wanda-down"]
 ROUTERS = ["fitted", "centroid", "zero"]
 Row = dict[str, Any]
 
 
-def read_text(path: Path) -> str:
-    """A text file, plain, .gz or .xz."""
-    import gzip
-
-    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8") as file:
-        text: str = file.read()
-    return text
-
-
-def token_windows(text: str, tokenizer: Any, count: int, context: int) -> Tensor:
-    """The first ``count`` windows of ``context`` tokens: int64 ``[count, context]``."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < count * context:
-        raise SystemExit(f"the text has {len(ids)} tokens, {count} x {context} are needed: give a longer text")
-    return torch.tensor(ids[: count * context]).view(count, context)
-
-
 @dataclass(frozen=True)
 class Point:
     """One setting of tau, and what it gave."""
 
-    log_given_up: float
+    tau: float
     sparsity: float
     log_ppl: float
 
 
-def between(a: Point, b: Point, sparsity: float, margin: float = 0.0) -> Point:
-    """Linear in the sparsity between two points; at least ``margin`` of the way from either."""
-    share = (sparsity - a.sparsity) / max(b.sparsity - a.sparsity, 1e-9)
-    share = min(max(share, margin), 1 - margin)
-    mixed = [x + share * (y - x) for x, y in zip(astuple(a), astuple(b), strict=True)]
-    return Point(*mixed)
+def between(below: Point, above: Point, sparsity: float) -> Point:
+    """Linear in the sparsity between two points: of the logarithms of perplexity and of the mass that tau gives up."""
+    along = (sparsity - below.sparsity) / max(above.sparsity - below.sparsity, 1e-9)
+    given_up = [math.log1p(-min(point.tau, MOST_TAU)) for point in (below, above)]
+    log_given_up = given_up[0] + along * (given_up[1] - given_up[0])
+    log_ppl = below.log_ppl + along * (above.log_ppl - below.log_ppl)
+    return Point(-math.expm1(log_given_up), sparsity, log_ppl)
 
 
 class Bench:
@@ -99,40 +85,42 @@ class Bench:
         self.test_NC = test_NC.to(model.device)
         self.dense = perplexity(model, self.test_NC)
 
-    def point(self, log_given_up: float) -> Point:
-        """Realised sparsity and log perplexity on the test text, with ``1 - tau = exp(log_given_up)``."""
-        set_tau(self.model, -math.expm1(log_given_up))
+    def point(self, tau: float) -> Point:
+        """Realised sparsity and log perplexity on the test text."""
+        set_tau(self.model, tau)
         with record_sparsity(self.model) as record:
             ppl = perplexity(self.model, self.test_NC)
-        return Point(log_given_up, record.sparsity, math.log(ppl))
+        return Point(tau, record.sparsity, math.log(ppl))
 
     def row(self, **labels: Any) -> Row:
         """A row of the table for the sparse model as it stands: perplexity at each sparsity asked for."""
-        points: list[Point] = [Point(-9.0, 0.0, math.log(self.dense))]
+        points: dict[float, Point] = {}
         found = {f"{target:g}": self.at(target, points) for target in self.targets}
         return {
             **labels,
             "perplexity": {target: round(math.exp(point.log_ppl), 3) for target, point in found.items()},
-            "tau": {target: round(-math.expm1(point.log_given_up), 5) for target, point in found.items()},
+            "tau": {target: round(point.tau, 5) for target, point in found.items()},
         }
 
-    def at(self, target: float, points: list[Point]) -> Point:
-        """Perplexity at a sparsity: tau is moved until the sparsity is near, then perplexity is read off in between.
+    def at(self, target: float, points: dict[float, Point]) -> Point:
+        """Perplexity at a sparsity: tau is searched until the sparsity is near, then perplexity is read off in between.
 
-        ``points`` is what was measured so far; new ones are added.
+        ``points`` is what was measured so far, by tau; new ones are added.
+
+        Raises:
+            OutOfReach: if one expert a layer is not sparse enough.
         """
-        for _ in range(10):
-            points.sort(key=lambda p: p.sparsity)
-            below = max((p for p in points if p.sparsity <= target), key=lambda p: p.sparsity)
-            above = min((p for p in points if p.sparsity > target), key=lambda p: p.sparsity, default=None)
-            near = min((p for p in (below, above) if p is not None), key=lambda p: abs(p.sparsity - target))
-            if abs(near.sparsity - target) <= TOLERANCE:
-                break
-            if above is None:
-                points.append(self.point((below.log_given_up - 0.05) / 2))
-            else:
-                points.append(self.point(between(below, above, target, 0.1).log_given_up))
-        return near if above is None else between(below, above, target)
+
+        def measure(tau: float) -> float:
+            points[tau] = self.point(tau)
+            return points[tau].sparsity
+
+        seen = {tau: point.sparsity for tau, point in points.items()}
+        nearest = points.get(find_tau(measure, target, tolerance=TOLERANCE, seen=seen))
+        known = [Point(1.0, 0.0, math.log(self.dense)), *points.values()]
+        below = max((p for p in known if p.sparsity <= target), key=lambda p: p.sparsity)
+        above = min((p for p in known if p.sparsity > target), key=lambda p: p.sparsity, default=None)
+        return between(below, above, target) if above is not None else nearest or below
 
     @contextmanager
     def converted(self, config: SparsifyConfig) -> Iterator[float]:
@@ -150,34 +138,29 @@ class Bench:
 
 
 @torch.no_grad()
-def neuron_scores(bench: Bench, kind: str) -> dict[str, Tensor]:
+def static_scores(bench: Bench, kind: str) -> dict[str, Tensor]:
     """Score of every neuron ``[F]`` by layer; the lowest are removed first.
 
-    ``"norm"``: mean over tokens of ``|h_f| * ||down_f||``. ``"wanda"``: Wanda's score (arXiv 2306.11695), weight
-    magnitude times the norm of what it multiplies, summed over the neuron's weights; ``"wanda-down"``:
-    over those of down alone.
+    ``"norm"`` and ``"wanda-down"`` are those of :func:`torch_prunepath.baselines.prune`; ``"wanda"`` adds to the latter
+    Wanda's score (arXiv 2306.11695) of the weights into the neuron: magnitude times the norm of what it multiplies.
     """
-    scores: dict[str, Tensor] = {}
-
-    def visit(view: FFNView, x_ND: Tensor) -> None:
-        h_NF = view.hidden(x_ND).float()
-        if kind == "norm":
-            scores[view.site] = h_NF.abs().mean(0) * view.down_FD.float().norm(dim=-1)
-            return
-        scores[view.site] = h_NF.norm(dim=0) * view.down_FD.float().abs().sum(-1)
-        if kind == "wanda-down":
-            return
-        into = [rows for rows in (view.gate_FD, view.up_FD) if rows is not None]
-        scores[view.site] += sum(rows.float().abs() @ x_ND.float().norm(dim=0) for rows in into)
-
     views = [FFNView(bench.model, spec) for spec in find_ffns(bench.model)]
-    visit_inputs(bench.model, views, bench.calibration, visit)
+    score = "norm" if kind == "norm" else "wanda"
+    scores = neuron_scores(bench.model, views, bench.calibration, score, progress=False)  # type: ignore[arg-type]
+    if kind == "wanda":
+
+        def visit(view: FFNView, x_ND: Tensor) -> None:
+            rms_D = x_ND.float().square().mean(0).sqrt()  # as there: the root of the mean, not of the sum
+            into = [rows for rows in (view.gate_FD, view.up_FD) if rows is not None]
+            scores[view.site] = scores[view.site] + sum((rows.float().abs() @ rms_D).double().cpu() for rows in into)
+
+        visit_inputs(bench.model, views, bench.calibration, visit)
     return scores
 
 
 def static_row(bench: Bench, kind: str) -> Row:
     """The same share of neurons removed from every layer, whatever the token."""
-    scores = neuron_scores(bench, kind)
+    scores = static_scores(bench, kind)
     config = SparsifyConfig(expert_size=1, partition="contiguous", router="zero", budget="uniform")
     points = {}
     with bench.converted(config):
@@ -185,7 +168,8 @@ def static_row(bench: Bench, kind: str) -> Row:
             keep = {}
             for site, score in scores.items():
                 removed = round(target * len(score))
-                keep[site] = torch.ones_like(score, dtype=torch.bool).index_fill_(0, score.argsort()[:removed], False)
+                keep_F = torch.ones_like(score, dtype=torch.bool).index_fill_(0, score.argsort()[:removed], False)
+                keep[site] = keep_F.to(bench.model.device)
             with register_routing_hook(bench.model, lambda r, keep=keep: keep[r.name].expand_as(r.mask_TE)):
                 points[f"{target:g}"] = round(perplexity(bench.model, bench.test_NC), 3)
     return {"method": f"static, {kind}", "expert_size": 1, "perplexity": points}
@@ -259,9 +243,9 @@ def table(dense: float, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def parse() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("quality", __doc__)
     parser.add_argument("--model", required=True, help="folder, GGUF file or hub name of a causal language model")
     parser.add_argument("--calibration", type=Path, required=True, help="text that experts and routers are made from")
     parser.add_argument("--test", type=Path, required=True, help="text that perplexity is measured on")
@@ -280,33 +264,34 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="write results here as JSON, after every row")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
-    return parser.parse_args()
+    return parser
 
 
-def main() -> None:
-    """Measure and print."""
-    arguments = parse()
-    torch.backends.cuda.matmul.allow_tf32 = False
+def run(arguments: argparse.Namespace, command_line: str) -> str:
+    """Measure; the table as text."""
+    check_device(arguments.device)
     model, tokenizer = load_model(arguments.model)
     model = model.to(arguments.device)
     calibration = as_inputs([read_text(arguments.calibration)], model, tokenizer, arguments.calibration_tokens)
-    test_NC = token_windows(read_text(arguments.test), tokenizer, arguments.windows, arguments.context)
+    test_NC = first_windows(read_text(arguments.test), tokenizer, arguments.windows, arguments.context)
     bench = Bench(model, calibration, test_NC, arguments.sparsity)
     results: dict[str, Any] = {
         **machine(),
         "commit": arguments.commit or commit(),
+        "command": command_line,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "dense": round(bench.dense, 3),
     }
 
     def save(rows: list[Row]) -> None:
         if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps({**results, "rows": rows}, indent=1) + "\n")
+            with replacing(arguments.out) as part:
+                part.write_text(json.dumps({**results, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
     rows = measure(bench, arguments, save)
-    print(json.dumps({**results, "rows": rows}) if arguments.json else table(bench.dense, rows))
+    return json.dumps({**results, "rows": rows}) if arguments.json else table(bench.dense, rows)
 
 
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    return dispatch("quality", parser(), {"run": run}, argv)

@@ -77,7 +77,7 @@ def _divergence(
 def divergence(
     student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor, temperature: float, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``temperature^2 * sum_t share_t KL(teacher_t || student_t)`` and its gradient; the same from run to run.
+    """Divergence ``temperature^2 * sum_t share_t KL(teacher_t || student_t)`` and its gradient, alike from run to run.
 
     Args:
         student_TV: logits, float32, float16 or bfloat16; computed in float32.

@@ -196,7 +196,7 @@ def down(
     *,
     early: bool,
 ) -> Tensor:
-    """``h @ down`` over the experts listed in ``work``, plus the bias.
+    """Output of the down projection over the experts listed in ``work``: ``h @ down``, plus the bias.
 
     Args:
         h_TF: ``[T, F]``, contiguous; float32 for one token, else the dtype of ``down_FD``. Neurons of experts that are

@@ -24,13 +24,13 @@ from torch_prunepath.rms import inverse_rms
 from torch_prunepath.weights import FFNWeights, Selector, UpWeights
 
 RANK_PAIRS = 8_000_000
-"""Up to so many pairs of experts over all tokens, selection compares all scores with all; beyond, it searches. A token
-by itself always compares: that also lists its experts. Comparing was faster wherever it was tried on an H100, up to
+"""Most pairs of experts, over all tokens, for which selection compares all scores; beyond, it searches. A single token
+always compares: that also lists its experts. Comparing was faster wherever it was tried on an H100, up to
 5.6 million pairs (docs/log.md, "whole models decoding on an H100"); where that ends was not measured."""
 
 
 def router_scores(x_TD: Tensor, router_ED: Tensor, router_bias_E: Tensor | None, router_norm: bool = False) -> Tensor:
-    """See :func:`torch_prunepath.ops.router_scores`."""
+    """Router scores, as :func:`torch_prunepath.ops.router_scores`."""
     if x_TD.dtype == router_ED.dtype and x_TD.dtype in (torch.bfloat16, torch.float16) and x_TD.is_cuda:
         # Products of two half precision numbers are exact in float32: the same as casting both first.
         scores_TE = torch.mm(x_TD, router_ED.t(), out_dtype=torch.float32)
@@ -50,7 +50,7 @@ def compares(tokens: int, experts: int) -> bool:
 
 
 def sparse_ffn(x_TD: Tensor, selector: Selector, weights: FFNWeights, activation: str, expert_size: int) -> Tensor:
-    """See :func:`torch_prunepath.ops.sparse_ffn.sparse_ffn`."""
+    """A whole sparse FFN, as :func:`torch_prunepath.ops.sparse_ffn.sparse_ffn`."""
     T = len(x_TD)
     if T == 0:
         return torch.empty_like(x_TD)
@@ -88,7 +88,7 @@ def _many_tokens(x_TD: Tensor, selector: Selector, weights: FFNWeights, activati
 
 
 def expert_up(x_TD: Tensor, mask_TE: Tensor, weights: UpWeights, activation: str, expert_size: int) -> Tensor:
-    """See :func:`torch_prunepath.ops.expert_up`."""
+    """Hidden activations of active experts, as :func:`torch_prunepath.ops.expert_up`."""
     mask_TE = mask_TE.contiguous()
     if 0 < x_TD.shape[0] <= UNION_TOKENS:
         work = workspace(mask_TE.shape[1], 0, x_TD.device)
@@ -107,7 +107,7 @@ def expert_down(
     down_bias_D: Tensor | None,
     expert_size: int,
 ) -> Tensor:
-    """See :func:`torch_prunepath.ops.expert_down`."""
+    """Sum of the active experts' outputs, as :func:`torch_prunepath.ops.expert_down`."""
     mask_TE = mask_TE.contiguous()
     weights_TE = None if weights_TE is None else weights_TE.float().contiguous()
     h_TF = activate_masked_(h_TF.clone(), None, mask_TE, weights_TE, "none", expert_size)

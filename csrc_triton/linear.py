@@ -22,7 +22,7 @@ def _product(
     x_ptr, weight_ptr, bias_ptr, y_ptr, block, N, stride_x, stride_d, stride_n,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_N`` outputs of one layer. The first weights are on their way before the token is there."""
+    """Compute ``BLOCK_N`` outputs of one layer. The first weights are on their way before the token is there."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     at = weight_ptr + n.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
@@ -91,7 +91,7 @@ def _config(inputs: int) -> dict[str, int]:
 
 
 def linears(x_1D: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
-    """See :func:`torch_prunepath.ops.linears.linears`."""
+    """Dense linear layers of one token, as :func:`torch_prunepath.ops.linears.linears`."""
     if x_1D.shape[0] != 1 or len(weights_DN) > LINEARS_AT_ONCE:
         given = f"{len(x_1D)} and {len(weights_DN)} given"
         raise ValueError(f"linears takes one token and at most {LINEARS_AT_ONCE} layers: {given}")

@@ -99,7 +99,8 @@ def _check_permutation(view: FFNView) -> None:
     order_F: torch.Tensor = site.permutation  # type: ignore[assignment]
     if not torch.equal(order_F.sort().values.cpu(), torch.arange(view.spec.ffn_size, dtype=order_F.dtype)):
         raise ValueError(
-            f"damaged checkpoint: the permutation of {view.site} is none; save or download the model again"
+            f"damaged checkpoint: {view.site}.permutation is not a permutation of its neurons; "
+            "save or download the model again"
         )
 
 

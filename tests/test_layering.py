@@ -21,6 +21,7 @@ ROOMS = [
     "weights",
     "rms",
     "select",
+    "search",
     "csrc_triton",
     "ops",
     "compile",

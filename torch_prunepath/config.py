@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format of the manifest in a checkpoint's config.json. 1 wrote out every layer; 2 writes once what layers share."""
 
 Rule = Literal["reach", "below"]
 Gate = Literal["one", "sigmoid"]
@@ -37,14 +38,15 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
 
     Args:
         sparsity: what was asked for.
-        name: what the caller calls it, for the message.
+        name: what the caller calls it: a parameter, a command's option, or words.
 
     Raises:
         ValueError: if it is not in [0, 1).
     """
     sparsity = float(sparsity)
     if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"{name}={sparsity} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons active")
+        says = f"{name} {sparsity}" if " " in name or name.startswith("--") else f"{name}={sparsity}"
+        raise ValueError(f"{says} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons active")
     return sparsity
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from torch_prunepath import sparse_layers, sparsify
 from torch_prunepath.baselines import lte
 from torch_prunepath.commands import cli
 from torch_prunepath.commands.train import job
+from torch_prunepath.commands.train.unfinished import Kept
 from torch_prunepath.evaluation.models import SMOLLM2, cache_folder
 from torch_prunepath.train import TrainConfig, recipes
 
@@ -194,6 +197,16 @@ def test_a_model_of_a_baseline_is_refused(run: Run, tiny: Path, text: Path) -> N
         "selects experts as a baseline does",
         "start from the dense model",
     )
+    # As an unfinished run of LTE left it, which this command once trained.
+    Path("out.training/step-3").mkdir(parents=True)
+    shutil.move("baseline", "out.training/step-3/model")
+    refused(run(tiny, "--text", text, "-o", "out", *FAST, "--resume"), "the unfinished run", "as a baseline does")
+
+
+def test_an_unfinished_run_of_an_earlier_version_can_be_resumed(tmp_path: Path) -> None:
+    kept = Kept(data="x", dtype="float32", distil=0.0, rows=[], history=[])
+    (tmp_path / "session.json").write_text(json.dumps({**dataclasses.asdict(kept), "stage": 0}))
+    assert Kept.of(tmp_path) == kept
 
 
 def test_tokens_epochs_and_fields_reach_the_run(run: Run, tiny: Path, text: Path) -> None:

@@ -109,10 +109,10 @@ class _Reference:
         """The output, with experts at the threshold active wherever ``found_TD`` shows that they were."""
         size, ffn_size = self.layer.expert_size, self.h_TF.shape[1]
         offset = self.layer.gate_offset
-        gates_TE = None if offset is None else torch.sigmoid(self.scores_TE + offset)
-        if gates_TE is not None:
-            gates_TE[:, : self.layer.shared] = 1.0
-        h_TF = self.h_TF if gates_TE is None else self.h_TF * expand_experts(gates_TE, size, ffn_size)
+        weights_TE = None if offset is None else torch.sigmoid(self.scores_TE + offset)
+        if weights_TE is not None:
+            weights_TE[:, : self.layer.shared] = 1.0
+        h_TF = self.h_TF if weights_TE is None else self.h_TF * expand_experts(weights_TE, size, ffn_size)
         mask_TE, open_TE = self._masks()
         y_TD = h_TF.masked_fill(~expand_experts(mask_TE, size, ffn_size), 0) @ self.down_FD + self.bias_D
         for t in open_TE.any(-1).nonzero().flatten().tolist():

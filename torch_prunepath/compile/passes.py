@@ -38,7 +38,7 @@ from torch_prunepath.ops import operators as ops
 from torch_prunepath.ops.sparse_ffn import sparse_ffn
 
 Pass = Callable[[fx.Graph, bool], int]
-"""``(graph, training) -> places changed``; ``training``: whether gradients will be taken through the graph."""
+"""A function ``(graph, training) -> places changed``; ``training``: whether gradients are taken through the graph."""
 
 log = logging.getLogger(__name__)
 

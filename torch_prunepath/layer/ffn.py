@@ -131,7 +131,7 @@ class FFNView:
     @property
     def weights(self) -> FFNWeights:
         """All weights of the FFN, all views."""
-        return FFNWeights(*self.up_weights, self.down_FD, self.down_bias_D)
+        return FFNWeights(self.up_FD, self.up_bias_F, self.gate_FD, self.gate_bias_F, self.down_FD, self.down_bias_D)
 
     def hidden(self, x_TD: Tensor) -> Tensor:
         """What ``down`` receives, ``[T, F]``, in the dtype of ``x_TD`` (weights are cast to it)."""

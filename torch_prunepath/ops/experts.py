@@ -1,4 +1,4 @@
-"""From one value an expert to one value a neuron, and back.
+"""Turning one value an expert into one value a neuron, and back.
 
 Shapes: T tokens, N anything, F neurons, E experts of S neurons (the last may be smaller).
 """

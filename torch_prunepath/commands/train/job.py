@@ -5,12 +5,10 @@ An unfinished run keeps its latest state in a folder beside the output, from whi
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.commands.train import plan
 from torch_prunepath.commands.train.options import TrainOptions
 from torch_prunepath.commands.train.source import Source, train_windows
+from torch_prunepath.commands.train.unfinished import Kept, Unfinished
 from torch_prunepath.console import report
 from torch_prunepath.console.errors import UserError, as_user_error, one_line
 from torch_prunepath.console.options import flag
 from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.conversion import sparsify
 from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
-from torch_prunepath.evaluation.make_sparse import SEARCH_WINDOWS
+from torch_prunepath.evaluation.make_sparse import search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.layer import RoutedExperts
@@ -80,70 +79,12 @@ def run(options: TrainOptions, command_line: str = "") -> dict[str, Any]:
     return results
 
 
-class Unfinished:
-    """Saved states of a run that has not ended, in ``OUTPUT.training`` beside its output."""
-
-    def __init__(self, output: Path) -> None:
-        self.output, self.folder = output, output.with_name(output.name + ".training")
-
-    def check(self, resume: bool) -> None:
-        """Refuse to overwrite a run, or to resume none.
-
-        Raises:
-            UserError: with a remedy.
-        """
-        if resume and self.latest() is None:
-            raise UserError(f"there is no unfinished run in {self.folder}: leave --resume out")
-        if not resume and self.folder.exists():
-            raise UserError(f"{self.folder} holds an unfinished run: go on with --resume, or remove it")
-
-    def latest(self) -> Path | None:
-        """The folder of the latest state."""
-        steps = {int(path.name.removeprefix("step-")): path for path in self.folder.glob("step-*")}
-        return steps[max(steps)] if steps else None
-
-    def save(self, session: _Session, state: TrainState, step: int) -> None:
-        """Save a state after so many steps; the one before goes once it is complete."""
-        path = self.folder / f"step-{step}"
-        with output_folder(path, ours=lambda _: True) as folder, writing(path):
-            session.model.save_pretrained(folder / "model")
-            session.tokenizer.save_pretrained(folder / "model")
-            torch.save(state.state_dict(), folder / "state.pt")
-            (folder / "session.json").write_text(json.dumps(asdict(session.kept)), encoding="utf-8")
-        for other in self.folder.glob("step-*"):
-            if other != path:
-                shutil.rmtree(other)
-
-    def remove(self) -> None:
-        """The run has ended."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@dataclass
-class Kept:
-    """What a saved state holds besides weights and :class:`TrainState`.
-
-    Attributes:
-        data: fingerprint of the batches.
-        dtype: that the checkpoint's weights will have, without ``torch.``.
-        distil: weight of the distillation.
-        rows: what was measured before training.
-        history: records of the steps so far.
-    """
-
-    data: str
-    dtype: str
-    distil: float
-    rows: list[dict[str, Any]]
-    history: list[Record]
-
-
 class _Session:
     def __init__(self, options: TrainOptions, text: str, saved: Path | None) -> None:
         self.options, self.saved = options, saved
         self.record: SparsityRecord | None = None  # of what was measured last
         self.model, self.tokenizer = load_model(options.model if saved is None else str(saved / "model"))
-        self.sparse = _is_sparse(self.model, options.model)
+        self.sparse = _is_sparse(self.model, options.model if saved is None else f"the unfinished run {saved}")
         if self.sparse and saved is None and options.settings:
             given = flag(next(iter(options.settings)))
             raise UserError(f"{options.model} is sparse already: leave {given} out, or start from the dense model")
@@ -179,8 +120,7 @@ class _Session:
             return teacher.to(plan.device_of(options))
 
     def _restore(self, saved: Path) -> None:
-        held = json.loads((saved / "session.json").read_text(encoding="utf-8"))
-        kept = Kept(**{field.name: held[field.name] for field in dataclasses.fields(Kept)})
+        kept = Kept.of(saved)
         if kept.data != self.kept.data:
             raise UserError(
                 "the unfinished run had other data (text, --context, --batch or --seed): give the same, or start anew"
@@ -190,7 +130,7 @@ class _Session:
         self.kept = kept
 
     def bytes_needed(self) -> int:
-        """On disk, while the run is unfinished."""
+        """Bytes that the run takes on disk while it is unfinished."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return int(1.1 * report.num_bytes(self.model)) + STATE_BYTES * parameters
 
@@ -241,7 +181,7 @@ class _Session:
         def note(state: TrainState, record: Record) -> None:
             self.kept.history.append(record)
             if state.step % self.options.save_every == 0 and state.step < steps:
-                unfinished.save(self, state, state.step)
+                unfinished.save(self.model, self.tokenizer, self.kept, state)
 
         extras = {"teacher": self.teacher, "state": state, "compile": self.options.compile or False}
         train(self.model, self.batches, self.config, callback=note, **extras)
@@ -269,7 +209,7 @@ class _Session:
             set_tau(self.model, 1.0)
             rows.append({"name": f"{when}, tau 1", "tau": 1.0, **self._perplexity(f"{when}, tau 1")})
         target = self.options.target_sparsity
-        some_NC = self.window_NC[:: -(-len(self.window_NC) // SEARCH_WINDOWS)]
+        some_NC = search_windows(self.window_NC)
         tau = set_sparsity(self.model, target, some_NC)
         name = f"{when}, {target:.0%} asked"
         if self.eval_NC is not None:

@@ -61,7 +61,7 @@ def choose(
     (tokens, experts), neurons = shape, active * expert_size
     packed_down = None if packs is None else packs.of("down", weights.down_FD.t())
     packs = None if packed_down is None else packs  # no copy of down, no other ones
-    gather_up = _dots_pay(neurons, tokens, weights.up_part, packs is not None and packs.every)
+    gather_up = _dots_pay(neurons, tokens, weights, packs is not None and packs.every)
     gather_down = rows.sums_pay(neurons, tokens, weights.down_FD, packed_down is not None)
     packed_up = packed_gate = None
     if packs is not None and not gather_up:
@@ -70,8 +70,8 @@ def choose(
     return How(active == tokens * experts, gather_up, gather_down, packed_up, packed_gate, packed_down)
 
 
-def _dots_pay(neurons: int, tokens: int, weights: UpWeights, packed: bool = False) -> bool:
-    """:func:`torch_prunepath.ops.cpu.rows.dots_pay` of up and of gate."""
+def _dots_pay(neurons: int, tokens: int, weights: FFNWeights | UpWeights, packed: bool = False) -> bool:
+    """Whether dot products are expected to be faster than dense ones in up and in gate."""
     up_FD, gate_FD = weights.up_FD, weights.gate_FD
     return rows.dots_pay(neurons, tokens, up_FD, packed) and (
         gate_FD is None or rows.dots_pay(neurons, tokens, gate_FD, packed)
@@ -82,7 +82,7 @@ def _dots_pay(neurons: int, tokens: int, weights: UpWeights, packed: bool = Fals
 
 
 def expert_up(x_TD: Tensor, mask_TE: Tensor, weights: UpWeights, activation: str, expert_size: int) -> Tensor:
-    """:func:`torch_prunepath.ops.expert_up` on a CPU."""
+    """Hidden activations of active experts, as :func:`torch_prunepath.ops.expert_up`."""
     active = int(mask_TE.sum())
     if _dots_pay(active * expert_size, len(x_TD), weights):
         return _gathered_up(x_TD, mask_TE, weights, activation, expert_size)
@@ -98,7 +98,7 @@ def expert_down(
     down_bias_D: Tensor | None,
     expert_size: int,
 ) -> Tensor:
-    """:func:`torch_prunepath.ops.expert_down` on a CPU."""
+    """Sum of the active experts' outputs, as :func:`torch_prunepath.ops.expert_down`."""
     active = int(mask_TE.sum())
     if rows.sums_pay(active * expert_size, len(h_TF), down_FD):
         return _gathered_down(h_TF, mask_TE, weights_TE, down_FD, down_bias_D, expert_size)
@@ -141,7 +141,7 @@ def _gathered_down(
 
 
 def _product(x_TD: Tensor, weight_oi: Tensor, bias_O: Tensor | None, packed: Tensor | None) -> Tensor:
-    """``x W^T + b`` of a weight ``[out, in]``, from its copy if there is one."""
+    """Linear layer ``x W^T + b`` of a weight ``[out, in]``, from its copy if there is one."""
     return dense.linear(x_TD, weight_oi, bias_O) if packed is None else packed_linear(x_TD, packed, bias_O)
 
 
@@ -173,7 +173,7 @@ def sparse_ffn(
     expert_size: int,
     packs: Packs | None = None,
 ) -> Tensor:
-    """:func:`torch_prunepath.ops.sparse_ffn.sparse_ffn` on a CPU.
+    """A whole sparse FFN, as :func:`torch_prunepath.ops.sparse_ffn.sparse_ffn`.
 
     ``packs`` are those of the layer that the weights belong to.
     """
@@ -208,7 +208,7 @@ def _computed(
     activation: str,
     expert_size: int,
 ) -> Tensor:
-    """:func:`masked_ffn`, as it was decided."""
+    """What :func:`masked_ffn` answers, computed as it was decided."""
     if how.gather_up and how.gather_down:
         pairs = rows.find_pairs(mask_TE, expert_size, weights.up_FD)
         return _gathered_ffn(x_TD, pairs, weights_TE, weights, activation, expert_size)

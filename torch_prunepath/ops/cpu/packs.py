@@ -102,7 +102,7 @@ class Packs:
 
 
 def linear(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
-    """``x W^T + b`` from the copy of ``W``: ``[T, out]``."""
+    """Linear layer ``x W^T + b`` from the copy of ``W``: ``[T, out]``."""
     y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
     return y_TO
 

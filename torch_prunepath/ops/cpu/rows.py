@@ -178,7 +178,7 @@ def _pairs_of_some(on_TF: Tensor, row_bytes: int) -> Pairs:
 
 
 def dot_rows(x_TD: Tensor, pairs: Pairs, rows_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    """``x[t] . rows[f] + bias[f]`` of every pair: ``[P]``."""
+    """Dot product ``x[t] . rows[f] + bias[f]`` of every pair: ``[P]``."""
     gather = torch.ops.aten._embedding_bag_per_sample_weights_backward
     dots_P = gather(x_TD, rows_FD, pairs.rows_P, pairs.starts_B, pairs.tokens_P, 0)
     return dots_P if bias_F is None else dots_P.add_(bias_F[pairs.rows_P])  # type: ignore[no-any-return]
