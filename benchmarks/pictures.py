@@ -1,6 +1,6 @@
 """Pictures of what was recorded: from results/*.json to docs/pictures/*.svg.
 
-    python -m benchmarks.pictures
+    python -m benchmarks pictures
 
 The numbers in this file choose rows and scales; what is drawn comes from the records. A test draws all again and
 compares. ``docs/records/`` is brought up to date too: links to the results, so that the site can show them.
