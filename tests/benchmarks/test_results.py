@@ -162,6 +162,18 @@ def test_a_file_without_runs_is_refused(tmp_path: Path) -> None:
         records_of(tmp_path / "none.json")
 
 
+def test_a_report_is_on_runs_of_its_own_task(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, name in (
+        ("books", "generation-smollm2-135m-h200"),
+        ("glue", "adaptation-h100"),
+        ("e2e", "taus-smollm2-135m-h200"),
+    ):
+        assert main([command, "report", str(RESULTS / f"{name}.json")]) == 2
+        assert "there is no result of" in capsys.readouterr().err
+    assert main(["taus", "report", str(RESULTS / "adaptation-h100.json")]) == 2
+    assert "holds no results of an analysis" in capsys.readouterr().err
+
+
 # --- the way to every command -----------------------------------------------------------------------------------------
 
 
