@@ -109,7 +109,8 @@ def test_accuracies_of_glue_are_those_of_the_page(
         accuracy = rows[task, method, 0.8]["metrics"]["accuracy"]
         mean, half = cells(line)[column].split(" +-")
         assert mean == f"{100 * accuracy['mean']:.1f}", task
-        assert abs(float(half) - 50 * (accuracy["most"] - accuracy["least"])) <= 0.051, task
+        # Rounded twice, from two digits to one.
+        assert abs(float(half) - 50 * (accuracy["most"] - accuracy["least"])) <= 0.056, task
 
 
 def test_scores_of_e2e_are_those_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
