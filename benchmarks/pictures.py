@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -367,7 +366,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         picture(args.output / f"{picture.__name__.replace('_', '-')}.svg")
     link_records(DOCS / "records")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
