@@ -29,10 +29,11 @@ from torch_prunepath.evaluation.make_sparse import (
     model_tau,
     reach_sparsity,
 )
-from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import METHOD
+from torch_prunepath.layer.sparse import RoutingHook
 from torch_prunepath.layer.views import sparse_layers
-from torch_prunepath.sparsity import Noted, SparsityTally, first_tokens, set_tau
+from torch_prunepath.sparsity import Noted, SparsityRecord, set_tau
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -92,7 +93,11 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=pretrained, backend="default" if compiler else backend, **options)
         with as_user_error(ValueError):
             self._calibration_tokens = self._make_as_asked(options.get("gguf_file") is not None)
-        self._tally = SparsityTally(self._model) if measure else None
+        self._record = SparsityRecord() if measure else None
+        self._noted: list[Noted] = []
+        if measure:
+            for name, layer in sparse_layers(self._model).items():
+                layer.register_routing_hook(self._note(name, layer))
         self._scored: _Scored | None = None
         self._tokens = 0
         self._compiler = compiler
@@ -155,15 +160,27 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
     def reset_sparsity(self) -> None:
         """Forget what was counted, as between two evaluations with one model."""
         self._tokens = 0
-        if self._tally is not None:
-            self._tally.reset()
+        self._noted.clear()
+        if self._record is not None:
+            self._record = SparsityRecord()
+
+    def _note(self, name: str, layer: RoutedExperts) -> RoutingHook:
+        def hook(routing: Routing) -> None:
+            self._noted.append(Noted.of(name, layer, routing.mask_TE))
+
+        return hook
+
+    def _take(self) -> list[Noted]:
+        """What was noted since the last time, in the order of the calls."""
+        noted, self._noted[:] = list(self._noted), []
+        return noted
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        if self._tally is None:
+        if self._record is None:
             return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
-        self._tally.take()  # of a batch that nobody scored: lm-eval was looking for the largest that fits
+        self._take()  # of a batch that nobody scored: lm-eval was looking for the largest that fits
         logits: Tensor = super()._model_call(inps, attn_mask=attn_mask, labels=labels)
-        self._scored = _Scored(self._tally.take(), attn_mask, rows=inps.shape[0], lengths=[])
+        self._scored = _Scored(self._take(), attn_mask, rows=inps.shape[0], lengths=[])
         return logits
 
     def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
@@ -179,29 +196,29 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
 
     def _count_scored(self, scored: _Scored) -> None:
-        assert self._tally is not None
+        assert self._record is not None
         for noted in scored.noted:
             if scored.encoder_mask is not None and self._in_encoder(noted.name):
                 keep_T = scored.encoder_mask.reshape(-1).bool()
             else:
                 keep_T = first_tokens(scored.lengths, len(noted.inactive_T))
-            self._tally.count(noted, keep_T)
+            self._record.count(noted, keep_T)
         self._tokens += sum(scored.lengths) + (0 if scored.encoder_mask is None else int(scored.encoder_mask.sum()))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        if self._tally is None:
+        if self._record is None:
             return super()._model_generate(context, max_length, stop, **options)
-        self._tally.take()
+        self._take()
         ids: Tensor = super()._model_generate(context, max_length, stop, **options)
         start = context.shape[1] if self.backend == "causal" else 1
         lengths = [self._written(row, stop) for row in ids[:, start:].tolist()]
         mask = options.get("attention_mask")
-        self._count_generated(self._tally.take(), torch.ones_like(context) if mask is None else mask, lengths)
+        self._count_generated(self._take(), torch.ones_like(context) if mask is None else mask, lengths)
         return ids
 
     def _count_generated(self, noted: list[Noted], context_mask: Tensor, lengths: list[int]) -> None:
         """Count prompts without padding, and what each row wrote before it was done. Beams count one by one."""
-        assert self._tally is not None
+        assert self._record is not None
         rows, width = context_mask.shape
         self._tokens += int(context_mask.sum())
         calls: dict[str, int] = {}
@@ -214,7 +231,7 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
                 keep_T = torch.tensor([step < length or step == 0 for length in lengths])
             else:
                 keep_T = torch.ones(tokens, dtype=torch.bool)
-            self._tally.count(call, keep_T)
+            self._record.count(call, keep_T)
         self._tokens += sum(max(0, length - 1) for length in lengths)
 
     def _written(self, ids: Sequence[int], stop: Sequence[str]) -> int:
@@ -252,13 +269,13 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         ``tau`` is None where layers have values of their own; ``sparsity`` is None where nothing was measured.
         ``tokens`` counts those that the model read, without padding.
         """
-        tally = self._tally
+        record = self._record
         return {
             "tau": model_tau(self._model),
-            "sparsity": None if tally is None else tally.sparsity,
-            "tokens": None if tally is None else self._tokens,
+            "sparsity": None if record is None or not record.tokens else record.sparsity,
+            "tokens": None if record is None else self._tokens,
             "tau_per_layer": {name: float(layer.tau) for name, layer in sparse_layers(self._model).items()},
-            "sparsity_per_layer": {} if tally is None else tally.per_layer,
+            "sparsity_per_layer": {} if record is None else record.per_layer,
             "target_sparsity": self._ask.sparsity,
             "settings": self._ask.settings,
             "calibration_tokens": self._calibration_tokens,
@@ -274,6 +291,20 @@ class _Scored:
     encoder_mask: Tensor | None
     rows: int
     lengths: list[int]
+
+
+def first_tokens(lengths: Sequence[int], tokens: int) -> Tensor:
+    """Which tokens of a batch padded on the right are real.
+
+    Args:
+        lengths: real tokens of each row.
+        tokens: T, tokens of the batch.
+
+    Returns:
+        bool ``[T]``, row by row.
+    """
+    width = tokens // len(lengths)
+    return (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).reshape(-1)
 
 
 def first_where(holds: Callable[[int], bool], last: int) -> int:

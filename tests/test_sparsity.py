@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from torch_prunepath import (
@@ -16,7 +20,7 @@ from torch_prunepath import (
     sparse_layers,
     sparsify,
 )
-from torch_prunepath.sparsity import layer_tau
+from torch_prunepath.sparsity import Noted, SparsityRecord, layer_tau
 
 CONFIG = SparsifyConfig(expert_size=8, partition="random", router="centroid", budget="uniform")
 
@@ -93,6 +97,49 @@ def test_record_counts_neurons(llama) -> None:  # type: ignore[no-untyped-def]
     assert record.tokens == 2 * inputs["input_ids"].numel()
     assert record.per_layer.keys() == sparse_layers(model).keys()
     assert not any(layer.routing_hooks for layer in sparse_layers(model).values()), "nothing stays behind"
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    neurons=st.integers(5, 70),
+    size=st.integers(1, 9),
+    tokens=st.integers(1, 6),
+    seed=st.integers(0, 999),
+)
+def test_what_was_noted_is_counted_like_single_neurons(neurons: int, size: int, tokens: int, seed: int) -> None:
+    """Now, or later and with padding left out; the last expert may be smaller."""
+    layer = next(iter(sparse_layers(sparse_ffn(neurons, size)).values()))
+    generator = torch.Generator().manual_seed(seed)
+    mask_TE = torch.rand(tokens, layer.num_experts, generator=generator) < 0.5
+    inactive_TF = ~mask_TE.repeat_interleave(size, 1)[:, :neurons]
+    noted = Noted.of("a", layer, mask_TE)
+    assert noted.inactive_T.dtype == torch.int64
+    assert (noted.neurons, noted.inactive_T.tolist()) == (neurons, inactive_TF.sum(1).tolist())
+
+    record = SparsityRecord()
+    record.count(noted, None)
+    assert record.sparsity == pytest.approx(float(inactive_TF.double().mean()))
+    keep_T = torch.rand(tokens, generator=generator) < 0.5
+    record.count(noted, keep_T)  # a second call of the same layer
+    both_TF = torch.cat([inactive_TF, inactive_TF[keep_T]])
+    assert record.per_layer == {"a": pytest.approx(float(both_TF.double().mean()))}
+    assert record.tokens == len(both_TF)
+
+
+def sparse_ffn(neurons: int, size: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, neurons), nn.ReLU(), nn.Linear(neurons, 4))
+    return sparsify(nn.ModuleList([model]), config=dataclasses.replace(CONFIG, expert_size=size), progress=False)
+
+
+def test_a_layer_that_saw_only_padding_counts_as_all_active() -> None:
+    layer = next(iter(sparse_layers(sparse_ffn(9, 4)).values()))
+    noted = Noted.of("a", layer, torch.zeros(2, 3, dtype=torch.bool))
+    record = SparsityRecord()
+    record.count(noted, torch.zeros(2, dtype=torch.bool))
+    assert record.per_layer == {"a": 0.0}
+    with pytest.raises(ValueError, match="no token ran"):
+        _ = record.sparsity
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,4 +1,7 @@
-"""Choosing and measuring how sparse a sparse model is: tau, target sparsity, recording, routing hooks."""
+"""Choosing and measuring how sparse a sparse model is: tau, target sparsity, recording, routing hooks.
+
+Shapes: T tokens, E experts.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torch_prunepath.config import check_sparsity, check_tau, num_experts
+from torch_prunepath.config import check_sparsity, check_tau
 from torch_prunepath.inputs.data import evaluating, iterate_inputs
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import RoutedExperts, Routing
@@ -97,21 +100,40 @@ class Handles:
         self.remove()
 
 
+class Noted(NamedTuple):
+    """What one layer chose in one call, kept until it can be counted.
+
+    Attributes:
+        name: the name that the layer is counted under.
+        neurons: how many neurons the layer has.
+        inactive_T: int64, how many of them were inactive for each token.
+    """
+
+    name: str
+    neurons: int
+    inactive_T: Tensor
+
+    @classmethod
+    def of(cls, name: str, layer: RoutedExperts, mask_TE: Tensor) -> Noted:
+        """The note of one call, whose active experts are ``mask_TE``. Does not synchronise with the device."""
+        return cls(name, layer.ffn.ffn_size, layer.inactive_neurons(mask_TE))
+
+
 class SparsityRecord:
-    """What :func:`record_sparsity` counted. Reading it synchronises with the device once; counting never does."""
+    """Inactive neurons of each layer, counted call by call: at once, or as soon as it is known which tokens are real.
+
+    Reading it synchronises with the device once; counting never does.
+    """
 
     def __init__(self) -> None:
         self._inactive: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
         self._neurons: dict[str, int] = {}
 
-    def _count(self, layer: RoutedExperts, routing: Routing, keep_T: Tensor | None) -> None:
-        name, mask_TE = routing.name, routing.mask_TE
-        size, neurons = layer.experts.expert_size, layer.ffn.ffn_size
-        inactive_TE = ~mask_TE
-        missing = num_experts(neurons, size) * size - neurons  # of the last expert
-        inactive_T = (inactive_TE.sum(-1) * size - inactive_TE[:, -1] * missing).to(torch.float64)
-        real_T = torch.ones_like(inactive_T) if keep_T is None else keep_T.to(torch.float64)
+    def count(self, noted: Noted, keep_T: Tensor | None) -> None:
+        """Add one call's tokens: those where ``keep_T``, bool ``[T]``, is true; all of them if it is None."""
+        name, neurons, inactive_T = noted
+        real_T = torch.ones_like(inactive_T) if keep_T is None else keep_T.to(inactive_T)
         self._neurons[name] = neurons
         self._inactive[name] = self._inactive.get(name, 0) + (inactive_T * real_T).sum()
         self._tokens[name] = self._tokens.get(name, 0) + real_T.sum()
@@ -120,7 +142,7 @@ class SparsityRecord:
     def per_layer(self) -> dict[str, float]:
         """Share of inactive neurons of each layer, averaged over the tokens it saw."""
         return {
-            name: float(inactive) / max(float(self._tokens[name]), 1.0) / self._neurons[name]
+            name: int(inactive) / max(int(self._tokens[name]), 1) / self._neurons[name]
             for name, inactive in self._inactive.items()
         }
 
@@ -162,7 +184,8 @@ def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
     with PaddingTracker(model) as tracker:
 
         def count(routing: Routing) -> None:
-            record._count(layers[routing.name], routing, tracker.keep(routing.shape))
+            noted = Noted.of(routing.name, layers[routing.name], routing.mask_TE)
+            record.count(noted, tracker.keep(routing.shape))
 
         with register_routing_hook(model, count):
             yield record
@@ -230,90 +253,3 @@ def measure_sparsity(model: nn.Module, batches: Sequence[dict[str, Any]]) -> flo
         for batch in batches:
             model(**batch)
     return record.sparsity
-
-
-class Noted(NamedTuple):
-    """One call of one layer: the layer's name, and how many neurons were inactive for each token, int64 ``[T]``."""
-
-    name: str
-    inactive_T: Tensor
-
-
-class SparsityTally:
-    """Notes what the sparse layers of ``model`` choose, until :meth:`close`; counts what it is told to count.
-
-    Raises:
-        ValueError: if the model holds no sparse FFN.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        layers = sparse_layers(model)
-        self._noted: list[Noted] = []
-        self._neurons = {name: layer.ffn.ffn_size for name, layer in layers.items()}
-        self._handles: list[Any] = [
-            layer.register_routing_hook(self._note(name, layer)) for name, layer in layers.items()
-        ]
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew."""
-        self._noted.clear()
-        self._inactive: dict[str, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
-
-    def close(self) -> None:
-        """Stop noting. What was counted stays."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _note(self, name: str, layer: RoutedExperts) -> RoutingHook:
-        size, neurons = layer.experts.expert_size, layer.ffn.ffn_size
-        missing = layer.num_experts * size - neurons  # of the last expert
-
-        def hook(routing: Routing) -> None:
-            active_T = routing.mask_TE.sum(-1) * size - routing.mask_TE[:, -1].long() * missing
-            self._noted.append(Noted(name, neurons - active_T))
-
-        return hook
-
-    def take(self) -> list[Noted]:
-        """What was noted since the last time, in the order of the calls."""
-        noted, self._noted[:] = list(self._noted), []
-        return noted
-
-    def count(self, noted: Noted, keep_T: Tensor) -> None:
-        """Add one call's tokens to the average: those where ``keep_T``, bool ``[T]``, is true. Does not synchronise."""
-        name, inactive_T = noted
-        keep_T = keep_T.to(inactive_T.device)
-        self._inactive[name] = self._inactive.get(name, 0) + (inactive_T * keep_T).sum()
-        self._tokens[name] = self._tokens.get(name, 0) + keep_T.sum()
-
-    @property
-    def per_layer(self) -> dict[str, float]:
-        """Share of inactive neurons of each layer that counted tokens, averaged over them."""
-        return {
-            name: int(inactive) / int(self._tokens[name]) / self._neurons[name]
-            for name, inactive in self._inactive.items()
-            if int(self._tokens[name])
-        }
-
-    @property
-    def sparsity(self) -> float | None:
-        """Share of inactive neurons, averaged over tokens, then over layers; None if no token was counted."""
-        shares = self.per_layer.values()
-        return sum(shares) / len(shares) if shares else None
-
-
-def first_tokens(lengths: Sequence[int], tokens: int) -> Tensor:
-    """Which tokens of a batch padded on the right are real.
-
-    Args:
-        lengths: real tokens of each row.
-        tokens: T, tokens of the batch.
-
-    Returns:
-        bool ``[T]``, row by row.
-    """
-    width = tokens // len(lengths)
-    return (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).reshape(-1)

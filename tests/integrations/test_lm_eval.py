@@ -28,7 +28,6 @@ from torch_prunepath.evaluation import lm_eval as harness
 from torch_prunepath.evaluation.make_sparse import model_tau
 from torch_prunepath.integrations.lm_eval import PrunePathLM, first_where
 from torch_prunepath.integrations.peft import PrunePathConfig
-from torch_prunepath.layer import Routing
 
 FAST = {"expert_size": 4, "partition": "random", "router": "zero", "budget": "uniform"}
 SPARSE = SparsifyConfig(expert_size=5, partition="random", router="centroid", budget="uniform")
@@ -436,23 +435,3 @@ def test_the_command_line_tells_mistakes_in_one_line(dense: Path, tasks: Path, t
     assert shown.returncode == 2
     assert "Traceback" not in shown.stderr
     assert shown.stderr.splitlines()[-1].startswith("prunepath-eval: error: tau=2.0 is outside (0, 1]")
-
-
-def test_the_hook_sees_what_ran() -> None:
-    """The tally's own arithmetic, with a last expert that is smaller."""
-    from torch_prunepath.sparsity import SparsityTally
-
-    model = sparse_llama()  # 64 neurons in experts of 5: the last has 4
-    tally = SparsityTally(model)
-    name, layer = next(iter(torch_prunepath.sparse_layers(model).items()))
-    mask_TE = torch.zeros(3, 13, dtype=torch.bool)
-    mask_TE[0, 0] = mask_TE[1, 12] = True
-    mask_TE[2] = True
-    for hook in layer.routing_hooks.values():
-        hook(Routing(name, torch.zeros(3, 32), torch.zeros(3, 13), mask_TE, (1, 3)))
-    (noted,) = tally.take()
-    assert (noted.name, noted.inactive_T.tolist()) == (name, [59, 60, 0])
-    tally.count(noted, torch.tensor([True, True, False]))
-    assert tally.per_layer == {name: pytest.approx(119 / 2 / 64)}
-    tally.close()
-    assert not layer.routing_hooks

@@ -155,6 +155,12 @@ class RoutedExperts(Float32Tau, Swapped):
         """Leave out the columns of shared experts, among which the router does not choose."""
         return values_TE[:, self.experts.shared :] if self.experts.shared else values_TE
 
+    def inactive_neurons(self, mask_TE: Tensor) -> Tensor:
+        """How many of the layer's neurons are inactive for each token, int64 ``[T]``, if ``mask_TE`` is active."""
+        size, inactive_TE = self.experts.expert_size, ~mask_TE
+        missing = self.num_experts * size - self.ffn.ffn_size  # of the last expert, which may be smaller
+        return inactive_TE.sum(-1) * size - inactive_TE[:, -1] * missing
+
     def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
         """Call ``hook(routing)`` after every selection; a bool ``[T, E]`` that it returns replaces the mask."""
         handle = RemovableHandle(self.routing_hooks)

@@ -210,9 +210,6 @@ def recording(layer: RoutedExperts, recorder: LayerRecorder) -> Iterator[None]:
 
 @torch.no_grad()
 def _inactive(call: RoutedCall) -> Tensor:
-    """See :attr:`RoutedCall.inactive`; the last expert may be smaller."""
-    size, neurons = call.layer.experts.expert_size, call.layer.ffn.ffn_size
-    missing = call.layer.num_experts * size - neurons
-    active_T = call.mask_TE.sum(-1) * size - call.mask_TE[:, -1] * missing
-    inactive_T = 1 - active_T.float() / neurons
-    return inactive_T.sum() if call.weight_T is None else (inactive_T * call.weight_T).sum()
+    """See :attr:`RoutedCall.inactive`."""
+    share_T = call.layer.inactive_neurons(call.mask_TE).float() / call.layer.ffn.ffn_size
+    return share_T.sum() if call.weight_T is None else (share_T * call.weight_T).sum()
