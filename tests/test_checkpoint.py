@@ -232,6 +232,19 @@ def test_damaged_manifest_is_refused(saved, tmp_path: Path, damage) -> None:  # 
             call(directory)
 
 
+@pytest.mark.parametrize("place", ["shared", "layer"])
+def test_the_rule_of_a_baseline_is_refused(saved, place: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Checkpoints held LTE's once."""
+    directory = copied(saved[2], tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    manifest = config["quantization_config"]
+    (manifest["shared"] if place == "shared" else manifest["layers"][1])["selection"] = "threshold"
+    (directory / "config.json").write_text(json.dumps(config))
+    for call in (load, read_info, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"^this checkpoint selects experts by 'threshold'"):
+            call(directory)
+
+
 @pytest.mark.parametrize("key", ["router.weight", "router.bias", "permutation"])
 @pytest.mark.parametrize("call", [load, AutoModelForCausalLM.from_pretrained], ids=["load", "from_pretrained"])
 def test_missing_tensor_is_refused(saved, tmp_path: Path, key: str, call) -> None:  # type: ignore[no-untyped-def]

@@ -91,7 +91,7 @@ def read_info(directory: str | Path) -> dict[str, Any]:
             "expert_size": layer.experts.expert_size,
             "shared_experts": layer.experts.shared,
             "router_norm": layer.router_norm,
-            "rule": layer.selection or layer.experts.rule,
+            "rule": layer.experts.rule,
             "gate": layer.experts.gate,
             "tau": layer.tau,
             "budget": layer.budget,

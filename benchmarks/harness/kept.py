@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torch_prunepath import SparsifyConfig, sparse_layers, sparsify
+from torch_prunepath.baselines.routed import refuse_saving
 from torch_prunepath.baselines.routers import MLPRouter, UnitRouter
+from torch_prunepath.baselines.rules import above_threshold, cumulative_share, near_largest, top_share
 from torch_prunepath.console.errors import UserError, one_line
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts
 from torch_prunepath.layer.manifest import attach
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.rules import above_threshold, cumulative_share, near_largest, top_share
 from torch_prunepath.layer.sparse import SelectionRule
 
 SAID = "prunepath"
@@ -100,6 +101,8 @@ def restore(dense: nn.Module, tensors: Mapping[str, Tensor], said: Mapping[str, 
         layer.selection = None if about["rule"] is None else RULES[about["rule"]]
         layer.router = _router(f"{name}.router", tensors, about).to(device).requires_grad_(about["trains"])
         layer.tau.fill_(about["tau"])
+        if layer.selection is not None:
+            refuse_saving(dense, layer.selection)
     dense.load_state_dict(tensors)
 
 

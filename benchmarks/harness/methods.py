@@ -29,7 +29,6 @@ from torch_prunepath.baselines import (
     lte,
     moefication,
     prune,
-    released_prunepath,
     teal,
     train_dense,
 )
@@ -137,11 +136,11 @@ def _held(work: Work) -> Trained:
 
 
 def _prunepath(work: Work) -> Trained:
-    experts, stages = released_prunepath(**work.pick(["tau"]))
+    stages = recipes.paper(**work.pick(["tau"]))
     config = work.config(dataclasses.replace(stages, steps=work.steps, epochs=None))
-    _sparsified(work, experts)
+    _sparsified(work, recipes.EXPERTS["paper"])
     work.fit(config)
-    tau = work.job.settings.get("tau", inspect.signature(released_prunepath).parameters["tau"].default)
+    tau = work.job.settings.get("tau", inspect.signature(recipes.paper).parameters["tau"].default)
     return Trained(work.model, TauKnob(work.model), {"as trained": tau})
 
 

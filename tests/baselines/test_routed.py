@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from tiny_llama import tiny_llama
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from torch_prunepath import densify, find_ffns, load, record_sparsity, register_routing_hook, set_tau, sparse_layers
-from torch_prunepath.baselines import LTE, RoutedBaseline, d2dmoe, lte, moefication
+from torch_prunepath import find_ffns, record_sparsity, register_routing_hook, set_tau, sparse_layers
+from torch_prunepath.baselines import RoutedBaseline, d2dmoe, lte, moefication
 from torch_prunepath.baselines.dynamic_k import expert_norms
 from torch_prunepath.baselines.routers import MLPRouter
 from torch_prunepath.baselines.top_k import activation_sums
-from torch_prunepath.checkpoint import read_info
 from torch_prunepath.experts.fit import centroid_init
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.ffn import FFNView
@@ -179,52 +178,32 @@ def test_a_copy_goes_its_own_way(apply: Apply) -> None:
     assert torch.equal(output_of(model, inputs), before) and not torch.equal(output_of(other, inputs), before)
 
 
-@pytest.mark.parametrize("apply", [each for each in METHODS if each is not apply_lte])
-def test_a_saved_model_loads_as_the_dense_one(apply: Apply, tmp_path: Path) -> None:
+@methods
+def test_saving_is_refused_and_the_state_dict_goes_on(apply: Apply, tmp_path: Path) -> None:
     model, data = tiny_llama(), token_batch()
-    dense = output_of(model, data)
-    apply(model, data)
+    handle = apply(model, data)
+    handle.set_gate("one")
     set_tau(model, 0.3)
+    for each in (model, model.model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"selects experts by .*keep model\.state_dict"):
+            each.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     assert not hasattr(model.config, "quantization_config")
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(output_of(LlamaForCausalLM.from_pretrained(tmp_path), data), dense)
 
+    other = tiny_llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    apply(other, data).set_gate("one")
+    set_tau(other, 0.3)
+    assert not torch.equal(output_of(other, data), output_of(model, data))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(output_of(other, data), output_of(model, data))
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-@pytest.mark.parametrize("second", [False, True], ids=["first stage", "second stage"])
-def test_checkpoints_hold_lte(name: str, second: bool, tmp_path: Path) -> None:
-    model, inputs = ALL[name]()
-    handle = lte(model, **QUICK)
-    if second:
-        handle.start_second_stage()
-    expected, masks = output_of(model, inputs), masks_of(model, inputs)
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path).eval()
-    assert torch.equal(output_of(loaded, inputs), expected)
-    assert all(layer.experts.gate == ("one" if second else "sigmoid") for layer in sparse_layers(loaded).values())
-    found = masks_of(loaded, inputs)
-    assert all(torch.equal(routing.mask_TE, found[site].mask_TE) for site, routing in masks.items())
-    assert {layer["rule"] for layer in read_info(tmp_path)["layers"]} == {"threshold"}
-    # What is loaded goes on like what was saved: other taus, copies, the second stage, another checkpoint.
-    for each in (model, copy.deepcopy(loaded)):
-        LTE(each, None).start_second_stage()
-        set_tau(each, 0.4)
-        each.save_pretrained(tmp_path / "again")
-        if each is model:
-            expected = output_of(each, inputs)
-        assert torch.equal(output_of(load(tmp_path / "again").eval(), inputs), expected)
-    densify(loaded)
-    assert not hasattr(loaded.config, "quantization_config")
-
-
-def test_a_rule_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    lte(model := tiny_llama(), **QUICK)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["layers"][0]["selection"] = "magic"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="selection='magic' is not known: upgrade"):
-        load(tmp_path)
+    handle.remove()
+    assert not any("save_pretrained" in vars(module) for module in model.modules())
+    model.save_pretrained(tmp_path / "dense")
+    assert torch.equal(output_of(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), data), output_of(model, data))
 
 
 @methods

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_prunepath.layer.rules import above_threshold, cumulative_share, near_largest, top_share
+from torch_prunepath.baselines.rules import above_threshold, cumulative_share, near_largest, top_share
 
 RULES = [top_share, above_threshold, near_largest, cumulative_share]
 experts = st.integers(1, 40)

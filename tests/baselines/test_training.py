@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_prunepath import find_ffns, sparse_layers, sparsify
 from torch_prunepath.activations import ACTIVATIONS
-from torch_prunepath.baselines import enforce_sparsity, released_prunepath, square_hoyer, train_dense
+from torch_prunepath.baselines import enforce_sparsity, square_hoyer, train_dense
 from torch_prunepath.baselines.hoyer import _Penalty
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.train import TrainConfig, all_experts, fixed_tau, hold, recipes, train
@@ -187,13 +187,13 @@ def test_enforcement_with_autocast_and_checkpointing_counts_once() -> None:
 
 
 def test_prunepath_as_released() -> None:
-    config, stages = released_prunepath(epochs=2, tau=0.5)
+    config, stages = recipes.EXPERTS["paper"], recipes.paper(epochs=2, tau=0.5)
     assert (config.expert_size, config.partition, config.router) == (32, "kmeans", "zero")
     assert (config.rule, config.gate, config.gate_offset, config.budget) == ("below", "sigmoid", 0.0, "uniform")
     assert stages.phases == (all_experts(), fixed_tau(0.5)) and stages.epochs == 4
     assert stages.losses == {"task": 1.0, "entropy": 3e-4, "load_balance": 1e-3}
     assert (stages.lr, stages.router_lr, stages.weight_decay) == (1e-4, 1e-3, 1e-2)
-    assert released_prunepath()[1].phases[1] == fixed_tau(0.95)
+    assert recipes.paper().phases[1] == fixed_tau(0.95)
 
     model, data = tiny_llama(), batches(2)
     small = dataclasses.replace(config, expert_size=8)

@@ -18,7 +18,6 @@ from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from torch_prunepath import sparse_layers, sparsify
-from torch_prunepath.baselines import lte
 from torch_prunepath.commands import cli
 from torch_prunepath.commands.train import job
 from torch_prunepath.commands.train.unfinished import Kept
@@ -187,20 +186,18 @@ def test_the_paper_recipe_has_its_experts_and_stages(run: Run, tiny: Path, text:
     assert results["last"]["tau"] == 0.5
 
 
-def test_a_model_of_a_baseline_is_refused(run: Run, tiny: Path, text: Path) -> None:
-    model = tiny_llama()
-    lte(model, expert_size=4, progress=False).start_second_stage()
-    model.save_pretrained("baseline")
+def test_a_checkpoint_of_a_baseline_is_refused(run: Run, tiny: Path, text: Path) -> None:
+    """Checkpoints held LTE's rule once."""
+    sparsify(tiny_llama(), progress=False).save_pretrained("baseline")
     byte_tokenizer().save_pretrained("baseline")
-    refused(
-        run("baseline", "--text", text, "-o", "out", *FAST[:-2]),
-        "selects experts as a baseline does",
-        "start from the dense model",
-    )
+    config = json.loads(Path("baseline/config.json").read_text())
+    config["quantization_config"]["shared"]["selection"] = "threshold"
+    Path("baseline/config.json").write_text(json.dumps(config))
+    refused(run("baseline", "--text", text, "-o", "out", *FAST[:-2]), "by 'threshold', the rule of a baseline")
     # As an unfinished run of LTE left it, which this command once trained.
     Path("out.training/step-3").mkdir(parents=True)
     shutil.move("baseline", "out.training/step-3/model")
-    refused(run(tiny, "--text", text, "-o", "out", *FAST, "--resume"), "the unfinished run", "as a baseline does")
+    refused(run(tiny, "--text", text, "-o", "out", *FAST, "--resume"), "the rule of a baseline")
 
 
 def test_an_unfinished_run_of_an_earlier_version_can_be_resumed(tmp_path: Path) -> None:

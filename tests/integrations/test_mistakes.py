@@ -29,6 +29,7 @@ from torch_prunepath import (
     sparse_layers,
     sparsify,
 )
+from torch_prunepath.baselines import lte
 from torch_prunepath.integrations.lm_eval import PrunePathLM
 from torch_prunepath.integrations.peft import PrunePathConfig
 from torch_prunepath.train import TrainConfig, train
@@ -198,6 +199,20 @@ def _(model: Model, folder: Path) -> None:
 
 
 on_dense("a dense checkpoint given to load")(lambda model, folder: load(saved(model, folder)))
+
+
+@on_sparse("a checkpoint that holds LTE's rule")
+def _(model: Model, folder: Path) -> None:
+    def threshold(manifest: dict[str, Any]) -> None:
+        manifest["shared"]["selection"] = "threshold"
+
+    AutoModelForCausalLM.from_pretrained(edit(saved(model, folder), threshold))
+
+
+@on_dense("a model of a baseline saved")
+def _(model: Model, folder: Path) -> None:
+    lte(other := tiny_llama(), progress=False)
+    other.save_pretrained(folder)
 
 
 @on_sparse("a quantisation asked for while loading a sparse checkpoint")

@@ -2,7 +2,9 @@
 
 Routed methods (``moefication``, ``lte``, ``d2dmoe``) become sparse layers whose tau, records and training are ours;
 ``prune`` and ``train_dense`` are the static ones; ``cats`` and ``teal`` need no training and zero single activations.
-They are there for comparison: what they add to a model is in no checkpoint, but for LTE's routers and rule.
+They are there for comparison: what they add to a model is in no checkpoint, and
+``save_pretrained`` of routed ones refuses. PrunePath as its authors' released code trains it is no baseline but a
+recipe: ``recipes.EXPERTS["paper"]`` and ``recipes.paper()``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from torch_prunepath.baselines.dense import train_dense
 from torch_prunepath.baselines.dynamic_k import d2dmoe
 from torch_prunepath.baselines.hoyer import enforce_sparsity, square_hoyer
 from torch_prunepath.baselines.pruning import Pruned, prune
-from torch_prunepath.baselines.released import released_prunepath
 from torch_prunepath.baselines.routed import RoutedBaseline
 from torch_prunepath.baselines.sigmoid import LTE, lte
 from torch_prunepath.baselines.thresholds import Thresholding, ThresholdRecord, cats, teal
@@ -30,7 +31,6 @@ __all__ = [
     "lte",
     "moefication",
     "prune",
-    "released_prunepath",
     "square_hoyer",
     "teal",
     "train_dense",

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, RoutedBaseline, calibration_inputs, convert
 from torch_prunepath.baselines.routers import MLPRouter, fit, linear
+from torch_prunepath.baselines.rules import cumulative_share, near_largest
 from torch_prunepath.config import check_choice, num_experts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.rules import cumulative_share, near_largest
 
 DynamicK = Literal["max", "cumulative"]
 

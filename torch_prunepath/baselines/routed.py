@@ -1,8 +1,7 @@
 """What the routed baselines share: a dense model becomes experts with another router and another selection rule.
 
 A baseline is our own sparse layers with these two replaced, so that training, sparsity targets and records are the same
-code for every method. It is there to be compared with. A checkpoint holds it if its rule is one of
-:data:`torch_prunepath.layer.rules.HELD` (LTE); a model that is saved with another on it loads as the dense model.
+code for every method. It is there to be compared with. No checkpoint holds it: ``save_pretrained`` refuses.
 
 Shapes: N calibration tokens, D hidden size, E experts.
 """
@@ -22,9 +21,8 @@ from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sample_te
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.manifest import attach, attached, describe
+from torch_prunepath.layer.manifest import forbid_saving
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.rules import HELD
 from torch_prunepath.layer.sparse import SelectionRule
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.sparsity import set_sparsity, set_tau
@@ -80,9 +78,6 @@ class RoutedBaseline:
         """Weigh active experts' outputs by the sigmoid of their scores, or by one."""
         for layer in self.layers.values():
             layer.experts = dataclasses.replace(layer.experts, gate=gate)
-        manifest = attached(self.model)
-        if manifest is not None:
-            attach(self.model, describe(self.model, manifest.config))
 
     def remove(self) -> None:
         """Make the model dense again; its weights stay as they were trained."""
@@ -123,7 +118,7 @@ def convert(
 ) -> None:
     """Group each FFN's neurons by balanced k-means of their weights, and give it a router and a rule, in place.
 
-    Afterwards every gate is 1, and routers take part in no training.
+    Afterwards every gate is 1, routers take part in no training, and ``save_pretrained`` refuses.
 
     Args:
         model: a dense model.
@@ -149,9 +144,18 @@ def convert(
     except BaseException:
         densify(model)
         raise
-    # What else it says holds for our own routers and rules.
-    attach(model, describe(model, config) if rule in HELD.values() else None)
+    refuse_saving(model, rule)
     set_tau(model, tau)
+
+
+def refuse_saving(model: nn.Module, rule: SelectionRule) -> None:
+    """Make ``save_pretrained`` of a model that selects by ``rule`` say that no checkpoint can hold it."""
+    forbid_saving(
+        model,
+        f"this model selects experts by {rule.__name__}, which checkpoints cannot hold: keep model.state_dict(), and "
+        "load it into a dense model that was converted by the same function of torch_prunepath.baselines; "
+        "densify(model) makes this one a dense model that can be saved",
+    )
 
 
 def _build_all(model: nn.Module, build: BuildRouter, inputs: Inputs | None, progress: bool) -> dict[str, Router]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from torch_prunepath.baselines.routed import RoutedBaseline, convert
 from torch_prunepath.baselines.routers import linear
+from torch_prunepath.baselines.rules import above_threshold
 from torch_prunepath.config import num_experts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.rules import above_threshold
 from torch_prunepath.sparsity import set_tau
 
 PUBLISHED_TAU = 0.5
@@ -25,8 +25,8 @@ PUBLISHED_TAU = 0.5
 class LTE(RoutedBaseline):
     """Sigmoid routers. An expert is active iff ``G > 1 - tau``: tau = 0.5 is the paper's, others move the sparsity.
 
-    Unlike other rules, a token may end up without any expert. ``LTE(model, None)`` takes hold of a model that was
-    loaded from a checkpoint.
+    Unlike other rules, a token may end up without any expert. ``LTE(model, None)`` takes hold of a model that
+    :func:`lte` made before.
     """
 
     def start_first_stage(self) -> None:
@@ -43,7 +43,7 @@ class LTE(RoutedBaseline):
 
 
 def lte(model: nn.Module, *, expert_size: int = 32, seed: int = 0, progress: bool = True) -> LTE:
-    """Give a dense model LTE's routers, in place, ready for the first stage; checkpoints hold them.
+    """Give a dense model LTE's routers, in place, ready for the first stage.
 
     Experts are balanced k-means clusters of gate (or else up) rows; routers are linear, without bias, and start as
     ``nn.Linear`` does.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from torch_prunepath.config import FORMAT_VERSION, FFNSpec, SparsifyConfig, chec
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts
 from torch_prunepath.layer.ffn import FFNView, weight_out_in
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.rules import HELD, held_rule
 from torch_prunepath.layer.swap import make_routed
 
 METHOD = "prunepath"
@@ -34,13 +33,9 @@ class LayerManifest:
     budget: float = 1.0
     router_bias: bool = False
     router_norm: bool = False
-    selection: str | None = None
-    """The rule of :data:`torch_prunepath.layer.rules.HELD` that stands in the place of ``experts.rule``, if any."""
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
-        if self.selection is not None and self.selection not in HELD:
-            raise ValueError(f"{self.ffn.name}: selection={self.selection!r} is not known: upgrade torch_prunepath")
         if not self.budget > 0:
             raise ValueError(f"{self.ffn.name}: budget={self.budget} must be positive")
         if self.experts.expert_size < 1:
@@ -74,7 +69,8 @@ class Manifest:
         """Read what :meth:`to_dict` wrote, in this format or an earlier one.
 
         Raises:
-            ValueError: if the format is newer than this package, or the data is damaged.
+            ValueError: if the format is newer than this package, the data is damaged, or the layers select by the rule
+                of a baseline, which checkpoints once held.
         """
         version = data.get("format_version")
         if not isinstance(version, int):
@@ -86,10 +82,16 @@ class Manifest:
             )
         try:
             shared = data["shared"] if version >= 2 else {}
-            layers = tuple(_layer(_merged(shared, layer)) for layer in data["layers"])
-            return cls(layers, SparsifyConfig(**data["config"]))
+            layers = [_merged(shared, layer) for layer in data["layers"]]
+            foreign = next((rule for layer in layers if (rule := layer.pop("selection", None)) is not None), None)
+            if foreign is None:
+                return cls(tuple(map(_layer, layers)), SparsifyConfig(**data["config"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"damaged prunepath manifest ({error}): save the model again") from error
+        raise ValueError(
+            f"this checkpoint selects experts by {foreign!r}, the rule of a baseline, which checkpoints cannot hold: "
+            "convert the dense model with torch_prunepath.baselines again, and load these weights by load_state_dict"
+        )
 
 
 def _factored(layers: Sequence[dict[str, Any]], apart: Sequence[str] = ("tau",)) -> tuple[dict[str, Any], list[Any]]:
@@ -132,12 +134,17 @@ def describe(model: nn.Module, config: SparsifyConfig) -> Manifest:
 
 def _describe(layer: RoutedExperts) -> LayerManifest:
     bias = layer.router.bias is not None
-    selection = held_rule(layer)
-    return LayerManifest(layer.ffn, layer.experts, float(layer.tau), layer.budget, bias, layer.router_norm, selection)
+    return LayerManifest(layer.ffn, layer.experts, float(layer.tau), layer.budget, bias, layer.router_norm)
 
 
 def attach(model: nn.Module, manifest: Manifest | None) -> None:
-    """Put the manifest where ``save_pretrained`` finds it, or take it away. Models without a config are left alone."""
+    """Put the manifest where ``save_pretrained`` finds it, or take it away, and end what :func:`forbid_saving` began.
+
+    Models without a config are left alone.
+    """
+    for module in model.modules():
+        if isinstance(vars(module).get("save_pretrained"), SavingRefused):
+            del module.save_pretrained
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return
@@ -145,6 +152,32 @@ def attach(model: nn.Module, manifest: Manifest | None) -> None:
         config.quantization_config = manifest.to_dict()
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+@dataclass(frozen=True)
+class SavingRefused:
+    """Stands where ``save_pretrained`` did, in a model that no checkpoint can hold; pickle and deepcopy keep it."""
+
+    why: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(self.why)
+
+
+def forbid_saving(model: nn.Module, why: str) -> None:
+    """Make ``save_pretrained``, of the model and of models inside it, raise ``ValueError(why)`` before it writes.
+
+    :func:`attach` and :func:`torch_prunepath.densify` end that.
+    """
+    attach(model, None)
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            module.save_pretrained = SavingRefused(why)  # type: ignore[assignment]
 
 
 def attached(model: nn.Module) -> Manifest | None:
@@ -202,6 +235,4 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         router.router_norm = layer.router_norm
         with torch.device(weight.device):
             order_F = torch.arange(ffn.ffn_size)
-        site = make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)
-        if layer.selection is not None:
-            site.selection = HELD[layer.selection]
+        make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)

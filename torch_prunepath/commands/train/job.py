@@ -83,7 +83,7 @@ class _Session:
         self.options, self.saved = options, saved
         self.record: SparsityRecord | None = None  # of what was measured last
         self.model, self.tokenizer = load_model(options.model if saved is None else str(saved / "model"))
-        self.sparse = _is_sparse(self.model, options.model if saved is None else f"the unfinished run {saved}")
+        self.sparse = any(isinstance(module, RoutedExperts) for module in self.model.modules())
         if self.sparse and saved is None and options.settings:
             given = flag(next(iter(options.settings)))
             raise UserError(f"{options.model} is sparse already: leave {given} out, or start from the dense model")
@@ -225,20 +225,6 @@ class _Session:
         with record_sparsity(self.model) as self.record:
             found = perplexity(self.model, self.eval_NC, title=title)
         return {"sparsity": self.record.sparsity, "perplexity": found}
-
-
-def _is_sparse(model: Any, name: str) -> bool:
-    """Whether the model that a run starts from is sparse.
-
-    Raises:
-        UserError: if it selects experts by the rule of a baseline, which is not what recipes train.
-    """
-    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    if any(layer.selection is not None for layer in layers):
-        raise UserError(
-            f"{name} selects experts as a baseline does, which no recipe trains: start from the dense model"
-        )
-    return bool(layers)
 
 
 def _distilled(results: Mapping[str, Any]) -> str:

@@ -10,14 +10,8 @@ Shapes: T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import torch
 from torch import Tensor
-
-from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.layer.sparse import SelectionRule
 
 
 def top_share(scores_TE: Tensor, tau: Tensor) -> Tensor:
@@ -63,12 +57,3 @@ def cumulative_share(norms_TE: Tensor, tau: Tensor) -> Tensor:
     before_TE = torch.cat([torch.zeros_like(through_TE[..., :1]), through_TE[..., :-1]], dim=-1)
     inactive_TE = (before_TE >= tau) & (tau < 1.0)
     return torch.zeros_like(inactive_TE).scatter(-1, order_TE, ~inactive_TE)
-
-
-HELD: Mapping[str, SelectionRule] = MappingProxyType({"threshold": above_threshold})
-"""The rules that checkpoints hold, by name: those of methods whose routers are like ours."""
-
-
-def held_rule(layer: RoutedExperts) -> str | None:
-    """Name of the rule of :data:`HELD` that a layer selects by; None if it selects by its own."""
-    return next((name for name, rule in HELD.items() if rule is layer.selection), None)
