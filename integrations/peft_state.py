@@ -16,7 +16,7 @@ from torch_prunepath.integrations.peft_build import layers_of
 from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.swap import make_dense, make_routed
+from torch_prunepath.layer.swap import Swap, make_all_routed
 
 Shape = tuple[int, ...]
 _OURS = re.compile(r"\.prunepath(_\w+)?\.[a-z.]+$")
@@ -91,25 +91,12 @@ def make_sparse(root: nn.Module, layers: Sequence[PrunePathLayer], states: Seque
     Routers take the dtype of the base model, in which its checkpoint will keep them. Undoes everything if it cannot
     finish.
     """
-    views = [FFNView(root, layer.spec) for layer in layers]
-    done: list[tuple[FFNView, Tensor]] = []
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        for view, state in zip(views, states, strict=True):
-            before = [(parameter, parameter.data) for parameter in view.parameters()]
-            router, order_F = _copied(state.router, view.down_FD.dtype), state.permutation.clone()
-            view.permute_(order_F)
-            make_routed(view, state.experts, router, order_F, float(state.tau), state.budget)
-            done.append((view, order_F))
-    except BaseException:
-        for view in views:
-            make_dense(view)
-        for view, order_F in done:
-            view.unpermute_(order_F)
-        # The FFN that was in hand, whatever had happened to it.
-        for parameter, data in before:
-            parameter.data = data
-        raise
+    swaps = []
+    for layer, state in zip(layers, states, strict=True):
+        view = FFNView(root, layer.spec)
+        router = _copied(state.router, view.down_FD.dtype)
+        swaps.append(Swap(view, state.experts, router, state.permutation.clone(), float(state.tau), state.budget))
+    make_all_routed(swaps)
 
 
 def _copied(router: Router, dtype: torch.dtype) -> Router:

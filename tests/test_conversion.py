@@ -167,10 +167,11 @@ def test_failing_half_way_leaves_the_model_as_it_was(
 
     from torch_prunepath.experts import fit, plan
     from torch_prunepath.inputs.padding import PaddingTracker
+    from torch_prunepath.layer import swap
     from torch_prunepath.layer.ffn import FFNView
 
     if where == "make_routed":
-        monkeypatch.setattr(module, "make_routed", failing(module.make_routed, 2))
+        monkeypatch.setattr(swap, "make_routed", failing(swap.make_routed, 2))
     elif where == "permute":
         monkeypatch.setattr(FFNView, "permute_", failing(FFNView.permute_, 2))
     elif where == "plan":

@@ -1,7 +1,8 @@
 """The front door: a dense model becomes a sparse one, in place, and back.
 
 Everything is decided first, on the untouched model (:mod:`torch_prunepath.experts.plan`), and then applied layer by
-layer (:func:`_apply`), so that what fails or is interrupted leaves the model as it was.
+layer (:func:`torch_prunepath.layer.swap.make_all_routed`), so that what fails or is interrupted leaves the model as it
+was.
 
 Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
 """
@@ -24,7 +25,7 @@ from torch_prunepath.layer import ExpertsSpec, is_sparse
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.manifest import attach, describe
 from torch_prunepath.layer.refuse import refuse_wrapped, refuse_wrapper
-from torch_prunepath.layer.swap import make_dense, make_routed
+from torch_prunepath.layer.swap import Swap, make_all_routed, make_dense
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.sparsity import layer_tau
 
@@ -94,7 +95,7 @@ def sparsify(
     plans = plan_layers(model, views, config, inputs, progress)
     curves = {site: plan.curve for site, plan in plans.items() if plan.curve is not None}
     budgets = allocate(curves) if curves else {view.site: 1.0 for view in views}
-    _apply(views, plans, config, tau, budgets)
+    make_all_routed([_swap(view, plans[view.site], config, tau, budgets[view.site]) for view in views])
     attach(model, describe(model, config))
     return model
 
@@ -149,34 +150,10 @@ def _calibration(
     return config, inputs
 
 
-def _apply(
-    views: Sequence[FFNView],
-    plans: dict[str, LayerPlan],
-    config: SparsifyConfig,
-    tau: float,
-    budgets: dict[str, float],
-) -> None:
-    """Convert layer by layer; needs the memory of one more layer. Undoes everything if it cannot finish."""
-    experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset)
-    done: list[tuple[FFNView, Tensor]] = []
-    originals: list[tuple[Tensor, Tensor]] = []
-    try:
-        for view in views:
-            plan, budget = plans[view.site], budgets[view.site]
-            originals = [(parameter, parameter.data) for parameter in view.parameters()]
-            view.permute_(plan.order_F)
-            own = dataclasses.replace(experts, shared=config.num_shared(view.spec.ffn_size))
-            make_routed(view, own, plan.router, plan.order_F, layer_tau(tau, budget), budget)
-            done.append((view, plan.order_F))
-    except BaseException:
-        for view in views:
-            make_dense(view)
-        for view, order_F in done:
-            view.unpermute_(order_F)
-        # The layer that was in hand, whatever had happened to it.
-        for parameter, data in originals:
-            parameter.data = data
-        raise
+def _swap(view: FFNView, plan: LayerPlan, config: SparsifyConfig, tau: float, budget: float) -> Swap:
+    shared = config.num_shared(view.spec.ffn_size)
+    experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset, shared)
+    return Swap(view, experts, plan.router, plan.order_F, layer_tau(tau, budget), budget)
 
 
 def densify(model: ModelT) -> ModelT:

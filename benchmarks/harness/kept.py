@@ -101,8 +101,8 @@ def restore(dense: nn.Module, tensors: Mapping[str, Tensor], said: Mapping[str, 
         layer.selection = None if about["rule"] is None else RULES[about["rule"]]
         layer.router = _router(f"{name}.router", tensors, about).to(device).requires_grad_(about["trains"])
         layer.tau.fill_(about["tau"])
-        if layer.selection is not None:
-            refuse_saving(dense, layer.selection)
+    for rule in {about["rule"] for about in said.values()} - {None}:
+        refuse_saving(dense, RULES[rule])
     dense.load_state_dict(tensors)
 
 

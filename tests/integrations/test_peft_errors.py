@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torch_prunepath import SparsifyConfig, find_ffns, sparsify
+from torch_prunepath.integrations import peft_state
 from torch_prunepath.integrations.peft import PrunePathConfig
+from torch_prunepath.layer import swap
 from torch_prunepath.layer.ffn import FFNView
 
 WEIGHTS = "adapter_model.safetensors"
@@ -197,6 +199,34 @@ def test_config_without_its_weights(adapter: Path) -> None:
         model(**inputs)
     with pytest.raises(ValueError, match="'default' has no weights"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("where", ["make_routed", "permute_", "router"])
+def test_a_merge_that_fails_half_way_leaves_the_base_as_it_was(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, inputs = ARCHITECTURES["llama"]()
+    model = get_peft_model(base.eval(), config())
+    before, expected = state(base), model(**inputs).logits
+    holder, name = {
+        "make_routed": (swap, "make_routed"),
+        "permute_": (FFNView, "permute_"),
+        "router": (peft_state, "_copied"),
+    }[where]
+    original, calls = getattr(holder, name), []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)  # fails after it has done its work: the harder case
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(holder, name, failing)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_and_unload()
+    monkeypatch.undo()
+    unchanged(base, before)
+    assert torch.equal(model(**inputs).logits, expected)
+    assert torch.allclose(model.merge_and_unload()(**inputs).logits, expected, atol=1e-5)
 
 
 def other_shape() -> nn.Module:

@@ -6,6 +6,8 @@ Shapes: F neurons.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,6 +49,47 @@ def make_routed(
         view.down.__class__ = sparse_class(type(view.down), SparseDown)  # type: ignore[arg-type]
         view.down.handoff, view.down.expert_size = handoff, experts.expert_size  # type: ignore[assignment]
     return site
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What becomes of one dense FFN, whose neurons are still in their own order.
+
+    Attributes:
+        view: the FFN.
+        experts, router, order_F, tau, budget: as for :func:`make_routed`; ``order_F`` is still to be applied.
+    """
+
+    view: FFNView
+    experts: ExpertsSpec
+    router: Router
+    order_F: Tensor
+    tau: float
+    budget: float = 1.0
+
+
+def make_all_routed(swaps: Sequence[Swap]) -> None:
+    """Turn dense FFNs into sparse ones, one after the other, in place; needs the memory of one more layer.
+
+    If it cannot finish, or is interrupted, every FFN is as it was.
+    """
+    done: list[Swap] = []
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        for swap in swaps:
+            originals = [(parameter, parameter.data) for parameter in swap.view.parameters()]
+            swap.view.permute_(swap.order_F)
+            make_routed(swap.view, swap.experts, swap.router, swap.order_F, swap.tau, swap.budget)
+            done.append(swap)
+    except BaseException:
+        for swap in swaps:
+            make_dense(swap.view)
+        for swap in done:
+            swap.view.unpermute_(swap.order_F)
+        # The FFN that was in hand, whatever had happened to it.
+        for parameter, data in originals:
+            parameter.data = data
+        raise
 
 
 # What make_routed and its users put into a module, and make_dense takes out again.
