@@ -1,10 +1,10 @@
 """Microseconds of a sparse FFN on the CPU against torch's dense one, router included, once their results agree.
 
-    python benchmarks/cpu_rows.py --geometry llama-3.2-1b --expert-size 32 --dtype float32 bfloat16 --batch 1
-    python benchmarks/cpu_rows.py --geometry smollm2-135m --expert-size 8 --batch 1 2 4 16 --sparsity 0.5 0.8
-    python benchmarks/cpu_rows.py --geometry llama-3.2-1b --batch 4 --sparsity 0.5 0.8 --parts projections
-    python benchmarks/cpu_rows.py --geometry smollm2-135m --expert-size 8 --dtype bfloat16 --batch 4 --parts routing
-    python benchmarks/cpu_rows.py --published -o benchmarks/results
+    python -m benchmarks cpu_rows --geometry llama-3.2-1b --expert-size 32 --dtype float32 bfloat16 --batch 1
+    python -m benchmarks cpu_rows --geometry smollm2-135m --expert-size 8 --batch 1 2 4 16 --sparsity 0.5 0.8
+    python -m benchmarks cpu_rows --geometry llama-3.2-1b --batch 4 --sparsity 0.5 0.8 --parts projections
+    python -m benchmarks cpu_rows --geometry smollm2-135m --expert-size 8 --dtype bfloat16 --batch 4 --parts routing
+    python -m benchmarks cpu_rows --published -o benchmarks/results
 
 Weights are random, the same in every layer; routers are random, another in every layer, and tau is set for each so
 that the mean sparsity over the tokens is the one asked for. Layers take turns, so that no cache holds the next one's
@@ -17,12 +17,11 @@ each. ``--parts routing`` times scores, selection and masking around dense's pro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,14 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from tqdm import tqdm
 
+from benchmarks.harness.options import dispatch, parser_of
+from benchmarks.harness.store import replacing
+from torch_prunepath.bench.geometry import GEOMETRIES
 from torch_prunepath.bench.results import commit
 from torch_prunepath.config import num_experts
+from torch_prunepath.console.errors import UserError
 from torch_prunepath.console.report import machine
 from torch_prunepath.ops import operators as ops
 from torch_prunepath.ops.cpu import dense as cpu_dense
@@ -42,13 +46,7 @@ from torch_prunepath.ops.cpu.packs import Packs
 from torch_prunepath.ops.cpu.select import mask_of_tokens
 from torch_prunepath.select import mask_from_scores
 
-GEOMETRIES = {  # D, F
-    "smollm2-135m": (576, 1536),
-    "qwen2-0.5b": (896, 4864),
-    "llama-3.2-1b": (2048, 8192),
-    "qwen2-7b": (3584, 18944),
-    "llama-3-8b": (4096, 14336),
-}
+GATED = tuple(name for name, geometry in GEOMETRIES.items() if not geometry.plain)
 Call = Callable[[], Tensor]
 Row = dict[str, Any]
 Measure = Callable[..., Row]
@@ -66,7 +64,7 @@ class Plan:
 
 
 @dataclass
-class Layer:
+class TimedFFN:
     """Weights of one gated FFN: rows, and the down-projection once more as torch's dense layer has it."""
 
     up_FD: Tensor
@@ -97,23 +95,23 @@ class Layer:
         for found in (self.sparse(x_TD, size), self.operators(x_TD, size)):
             error = float((found.double() - expected).norm() / expected.norm())
             if not error < (2e-2 if x_TD.element_size() == 2 else 1e-5):
-                raise SystemExit(f"wrong: relative error {error:.2g} against the masked dense FFN")
+                raise UserError(f"wrong: relative error {error:.2g} against the masked dense FFN")
 
 
-def build(geometry: str, size: int, dtype: torch.dtype, total_bytes: float) -> list[Layer]:
+def build(geometry: str, size: int, dtype: torch.dtype, total_bytes: float) -> list[TimedFFN]:
     """As many layers as ``total_bytes`` hold, at least two; tau is 1."""
-    D, F = GEOMETRIES[geometry]
+    D, F = GEOMETRIES[geometry].hidden_size, GEOMETRIES[geometry].ffn_size
     first = [torch.randn(F, D).mul_(D**-0.5).to(dtype) for _ in range(3)]
     layers = []
     for _ in range(max(2, int(total_bytes / (3 * F * D * dtype.itemsize)))):
         up, gate, down = (w.clone() for w in first)
         router = (torch.randn(num_experts(F, size), D) * 3 / D**0.5).to(dtype)
         everything = torch.ones(1, len(router), dtype=torch.bool)
-        layers.append(Layer(up, gate, down, down.t().contiguous(), router, torch.tensor(1.0), everything))
+        layers.append(TimedFFN(up, gate, down, down.t().contiguous(), router, torch.tensor(1.0), everything))
     return layers
 
 
-def set_sparsity(layers: list[Layer], x_TD: Tensor, sparsity: float) -> float:
+def set_sparsity(layers: list[TimedFFN], x_TD: Tensor, sparsity: float) -> float:
     """Sets tau of every layer; returns the mean sparsity that came out."""
     for layer in layers:
         scores_TE = ops.router_scores(x_TD, layer.router_ED, None)
@@ -141,7 +139,7 @@ def time_all(series: list[list[Call]], seconds: float) -> list[tuple[float, floa
     return [(statistics.median(found), min(found)) for found in times]
 
 
-def whole(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
+def whole(layers: list[TimedFFN], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
     found = set_sparsity(layers, x_TD, sparsity)
     layers[0].check(x_TD, size)
     dense, sparse, operators = time_all(
@@ -156,7 +154,7 @@ def whole(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds
     return {"sparsity": found, **times, "ratio": (dense[0] / sparse[0], dense[1] / sparse[1])}
 
 
-def projections(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
+def projections(layers: list[TimedFFN], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
     """One projection each, whatever the library would choose."""
     found = set_sparsity(layers, x_TD, sparsity)
     pairs = [cpu_rows.find_pairs(c.mask_TE, size, c.up_FD) for c in layers]
@@ -175,7 +173,7 @@ def projections(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, s
     return {"sparsity": found, "P / F": share, "up": up, "dot_rows": dot, "down": down, "sum_rows": total}
 
 
-def routing(layers: list[Layer], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
+def routing(layers: list[TimedFFN], x_TD: Tensor, size: int, sparsity: float, seconds: float) -> Row:
     """Dense's own products with the routing of a sparse call around them, in its order: what that alone costs."""
     found = set_sparsity(layers, x_TD, sparsity)
     names = ["scores", "selection", "hidden", "masking", "down"]
@@ -217,16 +215,16 @@ def line(row: Row) -> str:
 
 
 def measure(plan: Plan, function: Measure, seconds: float, gigabytes: float, copies: str) -> Iterator[Row]:
+    cells = list(itertools.product(plan.batches, plan.sparsities))
     for name in plan.dtypes:
         dtype = getattr(torch, name)
         layers = build(plan.geometry, plan.expert_size, dtype, gigabytes * 1e9)
         for layer in layers:
             layer.packs = {"none": None, "down": Packs(), "all": Packs(every=True)}[copies]
-        for batch in plan.batches:
-            x_TD = torch.randn(batch, GEOMETRIES[plan.geometry][0]).to(dtype)
-            for sparsity in plan.sparsities:
-                key = {"geometry": plan.geometry, "dtype": name, "S": plan.expert_size, "T": batch}
-                yield key | function(layers, x_TD, plan.expert_size, sparsity, seconds)
+        for batch, sparsity in tqdm(cells, desc=f"{plan.geometry}, {name}", unit="cell", disable=None):
+            x_TD = torch.randn(batch, GEOMETRIES[plan.geometry].hidden_size).to(dtype)
+            key = {"geometry": plan.geometry, "dtype": name, "S": plan.expert_size, "T": batch}
+            yield key | function(layers, x_TD, plan.expert_size, sparsity, seconds)
 
 
 def published() -> list[Plan]:
@@ -236,9 +234,8 @@ def published() -> list[Plan]:
     return plans + [Plan(name, sizes[name], both, many, [0.5, 0.8]) for name in ("smollm2-135m", "llama-3.2-1b")]
 
 
-def save(folder: Path, rows: list[Row]) -> None:
-    about = machine() | {"command": f"python {shlex.join(sys.argv)}", "commit": commit()}
-    (folder / "cpu-rows.json").write_text(json.dumps(about | {"unit": "microseconds", "rows": rows}, indent=1) + "\n")
+def save(folder: Path, about: Row, rows: list[Row]) -> None:
+    """Keep ``cpu-rows.json`` and ``cpu-rows.md``."""
     hardware, versions = about["hardware"], about["versions"]
     lines = [
         "# A sparse FFN on the CPU",
@@ -249,16 +246,37 @@ def save(folder: Path, rows: list[Row]) -> None:
         f"{hardware['cpu']}, {hardware['threads']} threads; {', '.join(f'{k} {v}' for k, v in versions.items())};",
         f"commit {about['commit']}; `{about['command']}`",
         "",
-        f"| {' | '.join(rows[0])} |",
-        f"|{'---|' * len(rows[0])}",
-        *map(line, rows),
+        *table(rows),
     ]
-    (folder / "cpu-rows.md").write_text("\n".join(lines) + "\n")
+    for suffix, text in (("json", json.dumps({**about, "rows": rows}, indent=1)), ("md", "\n".join(lines))):
+        with replacing(folder / f"cpu-rows.{suffix}") as part:
+            part.write_text(text + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["llama-3.2-1b"])
+def table(rows: list[Row]) -> list[str]:
+    """Markdown: a line a row."""
+    return [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}", *map(line, rows)]
+
+
+@torch.no_grad()  # not inference_mode, whose weights have no versions
+def run(arguments: argparse.Namespace, command_line: str) -> str:
+    """Measure; the table as text."""
+    a = arguments
+    torch.manual_seed(0)
+    asked = [Plan(name, a.expert_size, a.dtype, a.batch, a.sparsity) for name in a.geometry]
+    rows: list[Row] = []
+    for plan in published() if a.published else asked:
+        rows += measure(plan, MEASURES[a.parts], a.seconds, a.gigabytes, a.copies)
+    about = {**machine(), "command": command_line, "commit": a.commit or commit(), "unit": "microseconds"}
+    if a.output:
+        save(a.output, about, rows)
+    return json.dumps({**about, "rows": rows}) if a.json else "\n".join(table(rows))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    parser = parser_of("cpu_rows", __doc__)
+    parser.add_argument("--geometry", nargs="+", choices=GATED, default=["llama-3.2-1b"])
     parser.add_argument("--expert-size", type=int, default=32)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
@@ -269,21 +287,6 @@ def main() -> None:
     parser.add_argument("--parts", choices=MEASURES, default="ffn", help="what is timed (default: the whole FFN)")
     parser.add_argument("--published", action="store_true", help="the published table, whatever else is asked for")
     parser.add_argument("-o", "--output", type=Path, help="folder for cpu-rows.json and cpu-rows.md")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    asked = [Plan(name, args.expert_size, args.dtype, args.batch, args.sparsity) for name in args.geometry]
-    rows: list[Row] = []
-    print(f"{machine()}, {torch.get_num_threads()} threads")
-    for plan in published() if args.published else asked:
-        for row in measure(plan, MEASURES[args.parts], args.seconds, args.gigabytes, args.copies):
-            if not rows:
-                print(f"| {' | '.join(row)} |")
-            rows.append(row)
-            print(line(row), flush=True)
-    if args.output:
-        save(args.output, rows)
-
-
-if __name__ == "__main__":
-    with torch.no_grad():  # not inference_mode, whose weights have no versions
-        main()
+    parser.add_argument("--commit", help="what the results say they were made from (default: git's answer)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    return dispatch("cpu_rows", parser, {"run": run}, argv)

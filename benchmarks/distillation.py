@@ -1,6 +1,6 @@
 """Times the loss of distillation, gradient included: one kernel against torch's operators, as they are and compiled.
 
-    python benchmarks/distillation.py --tokens 16384 --vocabulary 49152
+    python -m benchmarks distillation --tokens 16384 --vocabulary 49152
 
 Every way is compared with float64 before the clock runs. The floor is what three tensors of logits take at the copy's
 bandwidth: student and teacher read once, the gradient written. On a CPU there is no kernel to time.
@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1]))  # so that the packages beside this script are found
-from benchmarks.common.options import check_positive, dispatch
+from benchmarks.harness.jobs import check_positive
+from benchmarks.harness.options import dispatch, parser_of
 from torch_prunepath.bench.results import commit
 from torch_prunepath.bench.timing import copy_bandwidth, ready, timed
 from torch_prunepath.console.errors import UserError
@@ -93,23 +91,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**about, "floor_ms": floor_ms, "rows": rows}
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
-    results = measure(arguments)
+def run(arguments: argparse.Namespace, command_line: str) -> str:
+    """Measure; the table as text."""
+    results = {**measure(arguments), "command": command_line}
     if arguments.json:
-        print(json.dumps(results))
-        return
+        return json.dumps(results)
     floor_ms = results["floor_ms"]
-    print(f"{results['tokens']} x {results['vocabulary']} logits in {results['dtype']}, floor {floor_ms:.2f} ms")
+    head = f"{results['tokens']} x {results['vocabulary']} logits in {results['dtype']}, floor {floor_ms:.2f} ms"
     lines = [("way", "ms", "least", "of floor")]
     for row in results["rows"]:
         lines.append((row["way"], f"{row['ms']:.2f}", f"{row['least_ms']:.2f}", f"{row['ms'] / floor_ms:.1f}x"))
-    print("\n".join(aligned(lines)))
+    return "\n".join([head, *aligned(lines)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure and print; the exit code."""
+    parser = parser_of("distillation", __doc__)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -119,9 +116,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="about how long each way is timed")
     parser.add_argument("--commit", help="what the results say they were made from (default: git's answer)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(command="run")
-    return dispatch({"run": run}, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return dispatch("distillation", parser, {"run": run}, argv)

@@ -1,6 +1,6 @@
 """Times each Triton kernel of a sparse FFN by itself, and all together: where the time between dense and floor goes.
 
-    python benchmarks/kernels.py --geometry qwen2-7b --tokens 1 4 16 --sparsity 0.5 0.8 0.9 0.95
+    python -m benchmarks kernels --geometry qwen2-7b --tokens 1 4 16 --sparsity 0.5 0.8 0.9 0.95
 
 Every kernel runs over several layers inside a CUDA graph, so that weights come from memory; medians of the replays. The
 down kernel's time includes clearing its counters. Random weights and routers as in ``prunepath bench ffn``. Needs a
@@ -12,18 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from tqdm import tqdm
 
+from benchmarks.harness.options import dispatch, parser_of
 from torch_prunepath.bench.geometry import GEOMETRIES
 from torch_prunepath.bench.layers import SCORE_SPREAD, tau_for
 from torch_prunepath.bench.results import commit
 from torch_prunepath.bench.timing import Captured, copy_bandwidth, timed
+from torch_prunepath.console.errors import UserError
+from torch_prunepath.console.report import aligned, machine
 from torch_prunepath.csrc_triton import ffn
 from torch_prunepath.csrc_triton.order import Workspace, workspace
 
@@ -31,7 +33,7 @@ SECONDS = 0.2
 PARTS = ("router", "selection", "up", "down", "together")
 
 
-class Layer:
+class TimedFFN:
     """One layer's weights, and what its kernels hand on."""
 
     def __init__(self, hidden: int, width: int, gated: bool, activation: str, size: int, device: str = "cuda") -> None:
@@ -94,7 +96,7 @@ class Layer:
         return sum(each.values()) if part == "together" else each[part]
 
 
-def measure(layers: list[Layer]) -> dict[str, float]:
+def measure(layers: list[TimedFFN]) -> dict[str, float]:
     def over(part: str) -> Callable[[], None]:
         def call() -> None:
             for layer in layers:
@@ -109,17 +111,17 @@ def measure(layers: list[Layer]) -> dict[str, float]:
     return {part: times[part].median_us for part in PARTS}
 
 
-def build(geometry: str, size: int) -> list[Layer]:
+def build(geometry: str, size: int) -> list[TimedFFN]:
     """Layers whose rows at 95% sparsity exceed four L2 caches, if memory allows."""
     shape = GEOMETRIES[geometry]
     each = 2 * shape.hidden_size * shape.ffn_size * (2 if shape.plain else 3)
     wanted = int(4 * torch.cuda.get_device_properties(0).L2_cache_size / (each * 0.05))
     count = min(max(4, wanted), int(20e9 / each), 48)
     sizes = (shape.hidden_size, shape.ffn_size, not shape.plain, shape.activation, size)
-    return [Layer(*sizes) for _ in range(count)]
+    return [TimedFFN(*sizes) for _ in range(count)]
 
 
-def rows(layers: list[Layer], tokens: int, sparsities: list[float], bandwidth: float) -> Iterator[dict[str, Any]]:
+def rows(layers: list[TimedFFN], tokens: int, sparsities: list[float], bandwidth: float) -> Iterator[dict[str, Any]]:
     for layer in layers:
         layer.begin(tokens)
     for sparsity in sparsities:
@@ -129,30 +131,38 @@ def rows(layers: list[Layer], tokens: int, sparsities: list[float], bandwidth: f
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(arguments: argparse.Namespace, command_line: str) -> str:
+    """Measure; the table as text.
+
+    Raises:
+        UserError: if there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("torch finds no CUDA device: kernels are timed on one")
+    layers = build(arguments.geometry, arguments.expert_size)
+    bandwidth = copy_bandwidth(torch.device("cuda"))
+    record: list[dict[str, Any]] = []
+    for tokens in tqdm(arguments.tokens, unit="size", disable=None):
+        record += rows(layers, tokens, arguments.sparsity, bandwidth)
+    about = {"geometry": arguments.geometry, "expert_size": arguments.expert_size, "layers": len(layers)}
+    about |= {"copy_bytes_per_second": bandwidth, **machine(), "commit": arguments.commit or commit()}
+    if arguments.json:
+        return json.dumps({**about, "command": command_line, "rows": record})
+    head = f"copy {bandwidth / 1e12:.2f} TB/s; {len(layers)} layers; microseconds, in brackets by bytes alone"
+    lines = [("tokens", "sparsity", *PARTS)]
+    for row in record:
+        cells = (f"{row['us'][part]:.2f} ({row['floor_us'][part]:.2f})" for part in PARTS)
+        lines.append((str(row["tokens"]), f"{row['sparsity']:.1%}", *cells))
+    return "\n".join([f"{torch.cuda.get_device_name()}, commit {about['commit']}", head, *aligned(lines)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    parser = parser_of("kernels", __doc__)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="qwen2-7b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95])
     parser.add_argument("--expert-size", type=int, default=32)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    layers = build(arguments.geometry, arguments.expert_size)
-    bandwidth = copy_bandwidth(torch.device("cuda"))
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, commit {commit()}"
-    print(f"{torch.cuda.get_device_name()}, {versions}")
-    print(f"copy {bandwidth / 1e12:.2f} TB/s; {len(layers)} layers; microseconds, in brackets by bytes alone")
-    print(f"{'tokens':>6} {'sparsity':>8} " + " ".join(f"{part:>15}" for part in PARTS))
-    record = []
-    for tokens in arguments.tokens:
-        for row in rows(layers, tokens, arguments.sparsity, bandwidth):
-            cells = " ".join(f"{row['us'][part]:7.2f} ({row['floor_us'][part]:5.2f})" for part in PARTS)
-            print(f"{tokens:>6} {row['sparsity']:>8.1%} {cells}", flush=True)
-            record.append(row)
-    if arguments.json:
-        about = {"geometry": arguments.geometry, "expert_size": arguments.expert_size, "versions": versions}
-        arguments.json.write_text(json.dumps(about | {"rows": record}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    parser.add_argument("--commit", help="what the results say they were made from (default: git's answer)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    return dispatch("kernels", parser, {"run": run}, argv)

@@ -1,7 +1,7 @@
 """Seconds and quality of partitions: balanced k-means on made-up rows, or every partition on a model's layers.
 
-    python benchmarks/partition.py --geometry 1536x576 18944x3584 --sizes 32
-    python benchmarks/partition.py --model DIR_OR_GGUF --calibration FILE --test FILE
+    python -m benchmarks partition --geometry 1536x576 18944x3584 --sizes 32
+    python -m benchmarks partition --model DIR_OR_GGUF --calibration FILE --test FILE
 
 "within" is the sum of squared distances to the experts' means, as a share of that to the mean of all rows; "as given"
 is the same for rows as they come, "reference" for k-means with optimal assignment (k-means-constrained; --reference).
@@ -13,21 +13,25 @@ permutation, or worse than the rows as they come, ends the run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import torch.nn.functional as nnf
-from quality import commit, read_text, token_windows
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.harness.options import dispatch, parser_of
+from benchmarks.harness.texts import first_windows, read_text
+from torch_prunepath.bench.results import commit
 from torch_prunepath.config import Partition, num_experts
+from torch_prunepath.console.errors import UserError
 from torch_prunepath.console.report import aligned, machine
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.evaluation.models import load_model
@@ -73,9 +77,9 @@ def judge(features_FD: Tensor, order_F: Tensor, expert_size: int, with_reference
     total = sum_of_squares(features_FD, torch.arange(ffn_size), ffn_size)
     within, given = (sum_of_squares(features_FD, o, expert_size) for o in (order_F, torch.arange(ffn_size)))
     if not torch.equal(order_F.sort().values, torch.arange(ffn_size)):
-        raise SystemExit("wrong: not a permutation")
+        raise UserError("wrong: not a permutation")
     if within > given * (1 + 1e-5):
-        raise SystemExit(f"wrong: sum of squares {within}, but {given} for the rows as they come")
+        raise UserError(f"wrong: sum of squares {within}, but {given} for the rows as they come")
     row = {"within": within / total, "as given": given / total}
     if with_reference:
         seconds, theirs = reference(features_FD, expert_size)
@@ -84,16 +88,15 @@ def judge(features_FD: Tensor, order_F: Tensor, expert_size: int, with_reference
 
 
 def made_up_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    for geometry in arguments.geometry:
+    cases = list(itertools.product(arguments.geometry, arguments.sizes, arguments.kinds))
+    for geometry, size, kind in tqdm(cases, unit="partition", disable=None):
         ffn_size, hidden_size = map(int, geometry.split("x"))
-        for size in arguments.sizes:
-            for kind in arguments.kinds:
-                features_FD = made_up(kind, ffn_size, hidden_size, size)
-                start = time.perf_counter()
-                order_F = balanced_kmeans(features_FD, size)
-                seconds = time.perf_counter() - start
-                quality = judge(features_FD, order_F, size, arguments.reference)
-                yield {"rows": kind, "geometry": geometry, "S": size, "layers": 1, "seconds": seconds, **quality}
+        features_FD = made_up(kind, ffn_size, hidden_size, size)
+        start = time.perf_counter()
+        order_F = balanced_kmeans(features_FD, size)
+        seconds = time.perf_counter() - start
+        quality = judge(features_FD, order_F, size, arguments.reference)
+        yield {"rows": kind, "geometry": geometry, "S": size, "layers": 1, "seconds": seconds, **quality}
 
 
 # --- a model's layers -------------------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ def model_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     model, tokenizer = load_model(arguments.model)
     views = [FFNView(model, spec) for spec in find_ffns(model)]
     texts = (arguments.calibration, arguments.tokens), (arguments.test, arguments.test_tokens)
-    fit_NC, test_NC = (token_windows(read_text(path), tokenizer, -(-count // 512), 512) for path, count in texts)
+    fit_NC, test_NC = (first_windows(read_text(path), tokenizer, -(-count // 512), 512) for path, count in texts)
     calibration: dict[str, Tensor] = {}
 
     def keep(view: FFNView, x_ND: Tensor) -> None:
@@ -165,9 +168,9 @@ def table(rows: list[Row]) -> str:
     return "\n".join(aligned([columns, *([cell(key, row.get(key)) for key in columns] for row in rows)]))
 
 
-def parse() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("partition", __doc__)
     parser.add_argument("--geometry", nargs="+", default=["1536x576"], metavar="FxD", help="of made-up rows")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of made-up rows")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32])
@@ -180,19 +183,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reference", action="store_true", help="compare with k-means-constrained")
     parser.add_argument("--commit", default=None, help="what the results say they were made from (default: git's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run(arguments: argparse.Namespace, command_line: str) -> str:
+    """Measure; the table as text.
+
+    Raises:
+        UserError: if a text is missing, or a partition is wrong.
+    """
     if arguments.model and not (arguments.calibration and arguments.test):
-        parser.error("--model needs --calibration and --test")
-    return arguments
-
-
-def main() -> None:
-    """Measure and print."""
-    arguments = parse()
+        raise UserError("--model needs --calibration and --test")
     rows = list(model_rows(arguments) if arguments.model else made_up_rows(arguments))
-    made_from = {**machine(), "commit": arguments.commit or commit()}
-    print(json.dumps({**made_from, "rows": rows}) if arguments.json else table(rows))
+    made_from = {**machine(), "commit": arguments.commit or commit(), "command": command_line}
+    return json.dumps({**made_from, "rows": rows}) if arguments.json else table(rows)
 
 
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    return dispatch("partition", parser(), {"run": run}, argv)

@@ -1,8 +1,6 @@
-"""Perplexity against sparsity without training: partitions, routers, expert sizes, beside static removal and the
-oracle.
+"""Perplexity against sparsity without training: partitions, routers, expert sizes, static removal, the oracle.
 
-    python benchmarks/quality.py --model DIR_OR_GGUF --calibration FILE --test FILE --out
-    benchmarks/results/quality.json
+    python -m benchmarks quality --model DIR_OR_GGUF --calibration FILE --test FILE --out quality.json
 
 Every row is read off at the same realised sparsity on the test text. Baselines run
 through the same layers, as routing hooks: static removal keeps the same neurons for every token; the oracle routes by
@@ -14,10 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import lzma
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -27,6 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.harness.options import check_device, dispatch, parser_of
+from benchmarks.harness.store import replacing
+from benchmarks.harness.texts import first_windows, read_text
 from torch_prunepath import (
     SparsifyConfig,
     densify,
@@ -36,6 +36,7 @@ from torch_prunepath import (
     sparse_layers,
     sparsify,
 )
+from torch_prunepath.baselines.pruning import neuron_scores
 from torch_prunepath.bench.results import commit
 from torch_prunepath.console.report import machine
 from torch_prunepath.discover import find_ffns
@@ -54,24 +55,6 @@ PARTITIONS = ["coactivation", "kmeans", "contiguous", "random"]
 STATIC = ["norm", "wanda", "wanda-down"]
 ROUTERS = ["fitted", "centroid", "zero"]
 Row = dict[str, Any]
-
-
-def read_text(path: Path) -> str:
-    """A text file, plain, .gz or .xz."""
-    import gzip
-
-    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8") as file:
-        text: str = file.read()
-    return text
-
-
-def token_windows(text: str, tokenizer: Any, count: int, context: int) -> Tensor:
-    """The first ``count`` windows of ``context`` tokens: int64 ``[count, context]``."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < count * context:
-        raise SystemExit(f"the text has {len(ids)} tokens, {count} x {context} are needed: give a longer text")
-    return torch.tensor(ids[: count * context]).view(count, context)
 
 
 @dataclass(frozen=True)
@@ -150,34 +133,29 @@ class Bench:
 
 
 @torch.no_grad()
-def neuron_scores(bench: Bench, kind: str) -> dict[str, Tensor]:
+def static_scores(bench: Bench, kind: str) -> dict[str, Tensor]:
     """Score of every neuron ``[F]`` by layer; the lowest are removed first.
 
-    ``"norm"``: mean over tokens of ``|h_f| * ||down_f||``. ``"wanda"``: Wanda's score (arXiv 2306.11695), weight
-    magnitude times the norm of what it multiplies, summed over the neuron's weights; ``"wanda-down"``:
-    over those of down alone.
+    ``"norm"`` and ``"wanda-down"`` are those of :func:`torch_prunepath.baselines.prune`; ``"wanda"`` adds to the latter
+    Wanda's score (arXiv 2306.11695) of the weights into the neuron: magnitude times the norm of what it multiplies.
     """
-    scores: dict[str, Tensor] = {}
-
-    def visit(view: FFNView, x_ND: Tensor) -> None:
-        h_NF = view.hidden(x_ND).float()
-        if kind == "norm":
-            scores[view.site] = h_NF.abs().mean(0) * view.down_FD.float().norm(dim=-1)
-            return
-        scores[view.site] = h_NF.norm(dim=0) * view.down_FD.float().abs().sum(-1)
-        if kind == "wanda-down":
-            return
-        into = [rows for rows in (view.gate_FD, view.up_FD) if rows is not None]
-        scores[view.site] += sum(rows.float().abs() @ x_ND.float().norm(dim=0) for rows in into)
-
     views = [FFNView(bench.model, spec) for spec in find_ffns(bench.model)]
-    visit_inputs(bench.model, views, bench.calibration, visit)
+    score = "norm" if kind == "norm" else "wanda"
+    scores = neuron_scores(bench.model, views, bench.calibration, score, progress=False)  # type: ignore[arg-type]
+    if kind == "wanda":
+
+        def visit(view: FFNView, x_ND: Tensor) -> None:
+            rms_D = x_ND.float().square().mean(0).sqrt()  # as there: the root of the mean, not of the sum
+            into = [rows for rows in (view.gate_FD, view.up_FD) if rows is not None]
+            scores[view.site] = scores[view.site] + sum((rows.float().abs() @ rms_D).double().cpu() for rows in into)
+
+        visit_inputs(bench.model, views, bench.calibration, visit)
     return scores
 
 
 def static_row(bench: Bench, kind: str) -> Row:
     """The same share of neurons removed from every layer, whatever the token."""
-    scores = neuron_scores(bench, kind)
+    scores = static_scores(bench, kind)
     config = SparsifyConfig(expert_size=1, partition="contiguous", router="zero", budget="uniform")
     points = {}
     with bench.converted(config):
@@ -185,7 +163,8 @@ def static_row(bench: Bench, kind: str) -> Row:
             keep = {}
             for site, score in scores.items():
                 removed = round(target * len(score))
-                keep[site] = torch.ones_like(score, dtype=torch.bool).index_fill_(0, score.argsort()[:removed], False)
+                keep_F = torch.ones_like(score, dtype=torch.bool).index_fill_(0, score.argsort()[:removed], False)
+                keep[site] = keep_F.to(bench.model.device)
             with register_routing_hook(bench.model, lambda r, keep=keep: keep[r.name].expand_as(r.mask_TE)):
                 points[f"{target:g}"] = round(perplexity(bench.model, bench.test_NC), 3)
     return {"method": f"static, {kind}", "expert_size": 1, "perplexity": points}
@@ -259,9 +238,9 @@ def table(dense: float, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def parse() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("quality", __doc__)
     parser.add_argument("--model", required=True, help="folder, GGUF file or hub name of a causal language model")
     parser.add_argument("--calibration", type=Path, required=True, help="text that experts and routers are made from")
     parser.add_argument("--test", type=Path, required=True, help="text that perplexity is measured on")
@@ -280,33 +259,34 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="write results here as JSON, after every row")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
-    return parser.parse_args()
+    return parser
 
 
-def main() -> None:
-    """Measure and print."""
-    arguments = parse()
-    torch.backends.cuda.matmul.allow_tf32 = False
+def run(arguments: argparse.Namespace, command_line: str) -> str:
+    """Measure; the table as text."""
+    check_device(arguments.device)
     model, tokenizer = load_model(arguments.model)
     model = model.to(arguments.device)
     calibration = as_inputs([read_text(arguments.calibration)], model, tokenizer, arguments.calibration_tokens)
-    test_NC = token_windows(read_text(arguments.test), tokenizer, arguments.windows, arguments.context)
+    test_NC = first_windows(read_text(arguments.test), tokenizer, arguments.windows, arguments.context)
     bench = Bench(model, calibration, test_NC, arguments.sparsity)
     results: dict[str, Any] = {
         **machine(),
         "commit": arguments.commit or commit(),
+        "command": command_line,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "dense": round(bench.dense, 3),
     }
 
     def save(rows: list[Row]) -> None:
         if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps({**results, "rows": rows}, indent=1) + "\n")
+            with replacing(arguments.out) as part:
+                part.write_text(json.dumps({**results, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
     rows = measure(bench, arguments, save)
-    print(json.dumps({**results, "rows": rows}) if arguments.json else table(bench.dense, rows))
+    return json.dumps({**results, "rows": rows}) if arguments.json else table(bench.dense, rows)
 
 
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    return dispatch("quality", parser(), {"run": run}, argv)

@@ -1,7 +1,7 @@
 """Tokens a second of training: dense fine-tuning against this library's loop with the losses of its recipes.
 
-    python benchmarks/training.py --model smollm2-135m --device cuda --bf16
-    python benchmarks/training.py --model smollm2-135m --sides dense held --modes eager --profile profile.txt
+    python -m benchmarks training --model smollm2-135m --device cuda --bf16
+    python -m benchmarks training --model smollm2-135m --sides dense held --modes eager --profile profile.txt
 
 Every side trains the same sizes on the same random tokens with AdamW, gradients clipped. "dense" is a plain loop of
 its own, with PyTorch's fused AdamW on CUDA; the others are ``torch_prunepath.train.train``: "task" with the model's own
@@ -19,11 +19,9 @@ import contextlib
 import copy
 import dataclasses
 import json
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.harness.jobs import check_positive
+from benchmarks.harness.options import check_device, dispatch, parser_of
 from torch_prunepath import SparsifyConfig, sparse_layers, sparsify
 from torch_prunepath.bench.geometry import GEOMETRIES, Geometry, resolve
 from torch_prunepath.bench.layers import SCORE_SPREAD
@@ -246,7 +246,7 @@ def render(results: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = parser_of("training", __doc__)
     add = found.add_argument
     add("--model", default="smollm2-135m", help=f"folder of a causal language model, or {', '.join(GEOMETRIES)}")
     add("--layers", type=int, help="shorten a geometry")
@@ -274,20 +274,14 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: with a remedy.
     """
-    for name in ("layers", "context", "rows", "expert_size", "steps"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
+    check_positive({name: getattr(arguments, name) for name in ("layers", "context", "rows", "expert_size", "steps")})
     if arguments.warmup < 0:
         raise UserError(f"--warmup {arguments.warmup} must not be negative")
     if arguments.context < 2:
         raise UserError("--context 1 leaves nothing to predict: give at least 2")
     if not 0.0 <= arguments.sparsity < 1.0:
         raise UserError(f"--sparsity {arguments.sparsity} is outside [0, 1): 0.8 leaves a fifth of the neurons")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {arguments.device}: this machine has none: leave it out, or give cpu") from error
+    check_device(arguments.device)
 
 
 def measure(arguments: argparse.Namespace, command_line: str) -> dict[str, Any]:
@@ -321,19 +315,13 @@ def measure(arguments: argparse.Namespace, command_line: str) -> dict[str, Any]:
     return {**about, "rows": rows}
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(arguments: argparse.Namespace, command_line: str) -> str:
+    """Measure; the table as text."""
+    check(arguments)
+    results = measure(arguments, command_line)
+    return json.dumps(results, allow_nan=False) if arguments.json else render(results)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser().parse_args(argv)
-    try:
-        check(arguments)
-        results = measure(arguments, shlex.join(["python", "benchmarks/training.py", *argv]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(results, allow_nan=False) if arguments.json else render(results))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return dispatch("training", parser(), {"run": run}, argv)

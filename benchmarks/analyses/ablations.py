@@ -1,15 +1,23 @@
-"""What each choice of the recipe is worth: gate, selection rule, budget, router input, losses, changed one by one."""
+"""What each choice of the recipe is worth: gate, selection rule, budget, router input, losses, changed one by one.
+
+    python -m benchmarks ablations run --model DIR_OR_GGUF --data FOLDER --steps 300 -o OUT
+    python -m benchmarks ablations report OUT
+
+Models are converted and trained as ``benchmarks books`` does it, on the same texts; without ``--steps`` nothing is
+trained. Each part writes one JSON file once it is done, and is not done again. ``results.json``, ``results.md`` and
+``results.png`` in the folder are those of the last command; ``OUT/cache`` can be removed when all is done.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from benchmarks.analyses import variants
-from benchmarks.analyses.study import Study, add_options
-from benchmarks.common.options import value_of
+from benchmarks.analyses.study import Part, Study, add_options
+from benchmarks.harness.options import value_of
 from torch_prunepath.console.errors import UserError
 
 NAME = "ablations"
@@ -42,12 +50,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--variant", action="append", default=[], metavar="NAME:FIELD=VALUE[;FIELD=VALUE...]", help="one more")
 
 
-def work(arguments: argparse.Namespace, command_line: str) -> tuple[str, str]:
-    """Measure what is not measured yet; the table and the results as text."""
+def plan(study: Study) -> list[Part]:
+    """A model for each variant and seed."""
+    arguments = study.arguments
     chosen = {name: VARIANTS[name] for name in dict.fromkeys(arguments.variants)}
     chosen |= dict(parse(text) for text in arguments.variant)
-    study = Study(NAME, arguments, command_line)
-    return variants.finish(study, study.do(variants.parts_of(study, chosen, {})), "Perplexity by choice of the recipe")
+    return variants.parts_of(study, chosen, {})
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -61,3 +69,13 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     if not colon or not name or not all(field and equals for field, equals, _ in pairs):
         raise UserError(f"--variant {text} is not understood: write --variant 'NAME:FIELD=VALUE;FIELD=VALUE'")
     return name, {field.strip().replace("-", "_"): value_of(value) for field, _, value in pairs}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+
+    def check(arguments: argparse.Namespace) -> None:
+        for text in arguments.variant:
+            parse(text)
+
+    return variants.analysis(NAME, __doc__, "Perplexity by choice of the recipe", add_arguments, check, plan).main(argv)

@@ -1,9 +1,16 @@
 """How far an FFN's output is off if only its k best experts are computed, against k: figure 2 of arXiv 2605.28283.
 
+    python -m benchmarks reconstruction run --model DIR_OR_GGUF --data FOLDER -o OUT
+    python -m benchmarks reconstruction report OUT
+
 The error of a layer is ``|y - y_k| / |y|``, norms over all tokens of a text: y is what the layer answers with all its
 experts (gates included), y_k with the k experts that its router scores highest, for the same input, that of the model
 with all experts. "oracle" ranks by the norm of what each expert contributes. An answer to what a router is worth: the
 oracle of the same experts bounds it.
+
+Models are converted and trained as ``benchmarks books`` does it, on the same texts; without ``--steps`` nothing is
+trained. Each part writes one JSON file once it is done, and is not done again. ``results.json``, ``results.md`` and
+``results.png`` in the folder are those of the last command; ``OUT/cache`` can be removed when all is done.
 
 Shapes: T tokens, D hidden size, F neurons, E experts.
 """
@@ -12,18 +19,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.adaptation.measure import run as read
-from benchmarks.analyses.study import Part, Row, Study, add_checkpoints, add_options, over_seeds, product, shown
-from benchmarks.common.options import check_positive
-from benchmarks.common.report import markdown
+from benchmarks.analyses.study import Analysis, Part, Study, add_checkpoints, add_options
+from benchmarks.harness.jobs import check_positive
+from benchmarks.harness.report import look, markdown, over_seeds, shown
+from benchmarks.harness.task import Row
 from torch_prunepath import register_routing_hook, set_tau, sparse_layers
 from torch_prunepath.console.errors import UserError
+from torch_prunepath.evaluation.perplexity import mean_loss
 from torch_prunepath.experts.fit import contribution_shares
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.views import sparse_views
@@ -34,6 +42,8 @@ NAME = "reconstruction"
 METHODS = ("ours", "lte", "moefication-mlp", "moefication-centroid")
 SHARES = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 ROUTER, ORACLE = "router", "oracle"
+LAYERS_AT = 0.2
+"""Share of active experts that the plot shows each layer at: the budget of MoEfication's main results."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -43,55 +53,44 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, metavar="METHOD")
     command.add_argument("--expert-size", type=int, default=8, help="neurons an expert, of every method (default: 8)")
     command.add_argument("--active", type=float, nargs="+", default=list(SHARES), help="shares of active experts")
-    command.add_argument("--show-layer-at", type=float, default=0.2, help="share that the plot shows each layer at")
 
 
-def work(arguments: argparse.Namespace, command_line: str) -> tuple[str, str]:
-    """Measure what is not measured yet; the table and the results as text."""
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
     check_positive({"expert_size": arguments.expert_size})
     for share in arguments.active:
         if not 0.0 < share <= 1.0:
             raise UserError(f"--active {share} is outside (0, 1]: 0.2 is a fifth of the experts")
-    study = Study(NAME, arguments, command_line)
-    parts = study.do([*_made(study), *_loaded(study)])
-    rows = over_seeds((row for part in parts for row in part["rows"]), ("model", "by", "active"), ("error",))
-    layers = over_seeds(
-        (row for part in parts for row in _layer_rows(part)), ("model", "by", "active", "layer"), ("error", "experts")
-    )
-    at = min(arguments.active, key=lambda share: abs(share - arguments.show_layer_at))
-    return study.finish(parts, [*rows, *layers], table(rows), lambda drawn: plot(drawn, rows, layers, at))
 
 
-def _made(study: Study) -> list[Part]:
-    arguments, shares = study.arguments, sorted(set(study.arguments.active))
-    fields = study.fields(arguments.methods)
-    found = []
-    for method, seed in product(arguments.methods, arguments.seeds):
-        run = study.run(method, {"expert_size": arguments.expert_size, **fields[method]}, seed)
-
-        def do(run: Any = run) -> tuple[list[Row], Mapping[str, Any]]:
-            adapted, said = study.make(run)
-            return _rows(study, run.method, adapted.model, shares), said
-
-        found.append(Part(f"{method}-seed{seed}", {**study.about(run), "active": shares}, do))
-    return found
+def plan(study: Study) -> list[Part]:
+    """A model for each method and seed, and each checkpoint."""
+    arguments = study.arguments
+    shares, common = sorted(set(arguments.active)), {"expert_size": arguments.expert_size}
+    return study.models(arguments.methods, common, lambda name, model: _rows(study, name, model, shares), active=shares)
 
 
-def _loaded(study: Study) -> list[Part]:
-    shares, found = sorted(set(study.arguments.active)), []
-    for name, folder in study.checkpoints().items():
-
-        def do(name: str = name, folder: Any = folder) -> tuple[list[Row], Mapping[str, Any]]:
-            return _rows(study, name, study.load(folder), shares), {}
-
-        found.append(Part(name, {**study.about_checkpoint(folder), "active": shares, "name": name}, do))
-    return found
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Rows over seeds: means over layers first, then every layer."""
+    layers = [
+        {**row, "layer": layer, "error": error, "experts": row.get("experts", {}).get(layer)}
+        for row in rows
+        for layer, error in row["layers"].items()
+    ]
+    means = over_seeds(rows, ("model", "by", "active"), ("error",))
+    # Some records of earlier versions were kept without the numbers of experts.
+    values = ["error", "experts"] if all(row["experts"] is not None for row in layers) else ["error"]
+    return [*means, *over_seeds(layers, ("model", "by", "active", "layer"), values)]
 
 
 def _rows(study: Study, name: str, model: Any, shares: Sequence[float]) -> list[Row]:
     """A row for each ranking and share: mean over layers, and every layer, on the first text."""
-    text, window_NC = next(iter(study.material.texts.items()))
-    errors = reconstruction(model, window_NC, shares, rows=study.settings.eval_rows)
+    text, window_NC = next(iter(study.task.texts.items()))
+    errors = reconstruction(model, window_NC, shares, rows=study.task.measuring.eval_rows)
     experts = {layer: each.num_experts for layer, each in sparse_layers(model).items()}
     return [
         {
@@ -104,14 +103,6 @@ def _rows(study: Study, name: str, model: Any, shares: Sequence[float]) -> list[
             "experts": {layer: count(share, experts[layer]) for layer in layers},
         }
         for (by, share), layers in errors.items()
-    ]
-
-
-def _layer_rows(part: Mapping[str, Any]) -> list[Row]:
-    return [
-        {**row, "layer": layer, "error": error, "experts": row["experts"][layer]}
-        for row in part["rows"]
-        for layer, error in row["layers"].items()
     ]
 
 
@@ -153,7 +144,7 @@ def reconstruction(
             found[routing.name] = found.get(routing.name, 0) + rest_TD.square().sum()
 
     with register_routing_hook(model, note):
-        read(model, window_NC, rows)
+        mean_loss(model, window_NC, rows=rows, title="reading")
     return {
         key: {name: float((square / totals[name]).sqrt()) for name, square in found.items()}
         for key, found in squares.items()
@@ -183,28 +174,36 @@ def _ranks(values_TE: Tensor) -> Tensor:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """A line a model and ranking, a column a share."""
-    shares = sorted({row["active"] for row in rows})
+    means = [row for row in rows if "layer" not in row]
+    shares = sorted({row["active"] for row in means})
     cells: dict[tuple[str, str], dict[float, str]] = {}
-    for row in rows:
+    for row in means:
         cells.setdefault((row["model"], row["by"]), {})[row["active"]] = shown(row["error"], 3)
     lines = [[model, by, *(found.get(share, "") for share in shares)] for (model, by), found in cells.items()]
     title = ["# Relative error of FFN outputs with the best experts alone, mean over layers", ""]
     return title + markdown(["model", "ranked by", *(f"{share:.3g}" for share in shares)], lines)
 
 
-def plot(drawn: Any, rows: Sequence[Row], layers: Sequence[Row], at: float) -> None:
-    """The mean against the share; every layer at one share."""
+def plot(drawn: Any, rows: Sequence[Row]) -> None:
+    """The mean against the share; every layer at the share nearest to ``LAYERS_AT``."""
     mean_axes, layer_axes = drawn.subplots(1, 2)
+    at = min({row["active"] for row in rows}, key=lambda share: abs(share - LAYERS_AT))
     for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-        for by, style in ((ROUTER, "-"), (ORACLE, ":")):
+        for by, line in ((ROUTER, "-"), (ORACLE, ":")):
             own = [row for row in rows if (row["model"], row["by"]) == (model, by)]
-            label, look = f"{model}, {by}", {"color": f"C{number}", "linestyle": style}
-            across = [100 * row["active"] for row in own]
-            mean_axes.plot(across, [row["error"]["mean"] for row in own], marker=".", label=label, **look)
-            bounds = ([row["error"][name] for row in own] for name in ("least", "most"))
-            mean_axes.fill_between(across, *bounds, color=look["color"], alpha=0.2)
-            each = [row for row in layers if (row["model"], row["by"], row["active"]) == (model, by, at)]
-            layer_axes.plot([row["error"]["mean"] for row in each], marker=".", **look)
+            means = [row for row in own if "layer" not in row]
+            style = {**look(number), "linestyle": line}
+            across = [100 * row["active"] for row in means]
+            mean_axes.plot(across, [r["error"]["mean"] for r in means], marker=".", label=f"{model}, {by}", **style)
+            bounds = ([row["error"][name] for row in means] for name in ("least", "most"))
+            mean_axes.fill_between(across, *bounds, color=style["color"], alpha=0.2)
+            each = [row["error"]["mean"] for row in own if "layer" in row and row["active"] == at]
+            layer_axes.plot(each, marker=".", **style)
     mean_axes.set(xlabel="active experts (%)", ylabel="relative error, mean over layers", ylim=(0, None))
     layer_axes.set(xlabel="layer", ylabel=f"relative error at {at:.1%} active", ylim=(0, None))
     mean_axes.legend(fontsize="x-small")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    return Analysis(NAME, __doc__, add_arguments, check, plan, summary, table, plot).main(argv)

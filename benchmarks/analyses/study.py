@@ -1,104 +1,55 @@
-"""What the analyses share: options, models as ``benchmarks.adaptation`` makes them, parts done once, results."""
+"""What the analyses share: options, models as the comparison of methods makes them, parts done once, results."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import itertools
+import json
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
-from benchmarks.adaptation.job import Adapted, Job, Run, describe
-from benchmarks.adaptation.material import Material
-from benchmarks.adaptation.measure import TauKnob
-from benchmarks.adaptation.methods import METHODS, check
-from benchmarks.adaptation.options import add_material, settings_of
-from benchmarks.common.options import add_compile, changes, check_positive
-from benchmarks.common.report import figure, origin, origins, save, spread_of, write
-from benchmarks.common.store import Store, digest, digest_of_model
+from benchmarks.harness import METHODS, Job, Trained
+from benchmarks.harness.jobs import check_positive, check_shares
+from benchmarks.harness.knobs import TauKnob
+from benchmarks.harness.methods import check
+from benchmarks.harness.options import add_training, check_device, dispatch, run_and_report, settings_of
+from benchmarks.harness.parts import Part, Worker, bar_of
+from benchmarks.harness.report import figure, origins, save, write
+from benchmarks.harness.store import Record, Store, digest, digest_of_model, read_json, records_of
+from benchmarks.harness.task import Row
+from benchmarks.harness.work import Work
+from benchmarks.tasks.books import BooksTask, add_task, task_of
 from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.evaluation.models import load_model
 from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.train import train
+from torch_prunepath.train.compiling import check_how
 
-Row = dict[str, Any]
 STEM = "results"
 CONVERTED, TRAINED = "converted", "trained"
+Rows = Callable[[str, Any], list[Row]]
+"""Measures a model, which has a name."""
 
 
 def add_options(command: argparse.ArgumentParser, *, sparsity: Sequence[float]) -> None:
     """The options of every analysis; ``sparsity`` is the default of that one."""
+    add_training(command)
+    add_task(command)
     add = command.add_argument
-    add_material(command)
     add("--steps", type=int, default=0, help="of training each model (default: 0, as converted)")
     add("--lr", type=float, default=2e-4, help="peak learning rate (default: 2e-4)")
     add("--sparsity", type=float, nargs="+", default=list(sparsity), metavar="SHARE")
-    add("--seeds", type=int, nargs="+", default=[0], help="of conversion and training, one model each")
-    add("--set", action="append", default=[], metavar="[METHOD:]FIELD=VALUE", dest="fields", help="as often as needed")
-    add_compile(command)
-    add("--json", action="store_true", help="print the results as one JSON object in place of the table")
 
 
 def add_checkpoints(command: argparse.ArgumentParser) -> None:
     """The option of analyses that take models which are there already."""
     text = "sparse checkpoint to look at as it is; may be given several times"
     command.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR", help=text)
-
-
-class AnalysisJob(Job):
-    """Makes a model as the comparison of methods does, but shows it before it is trained, if it is trained at all.
-
-    Args:
-        run: which model.
-        material: what it is made from.
-        before: called with the converted model; None: nobody looks.
-        trains: whether it is trained.
-    """
-
-    def __init__(self, run: Run, material: Material, before: Callable[[Any], None] | None, trains: bool) -> None:
-        super().__init__(run, material)
-        self.before, self.trains = before, trains
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole run, or what every recipe takes where none is done."""
-        return super().steps if self.trains else 2
-
-    def converted(self, method: str, how: Mapping[str, Any], convert: Callable[[Any], Any]) -> Any:
-        """The model as ``convert`` makes it; not kept, since every variant would be."""
-        model = self.material.dense()
-        convert(model)
-        return model
-
-    def train(self, model: Any, config: Any, how: Callable[..., Any] = train, **options: Any) -> None:
-        """One stage of training, if there is any."""
-        if self.before is not None:
-            self.before(model)
-            self.before = None
-        if self.trains:
-            super().train(model, config, how, **options)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What is done once and kept.
-
-    Attributes:
-        name: begins the name of its file.
-        about: all that decides what it gives.
-        do: gives its rows, and what else there is to say.
-    """
-
-    name: str
-    about: Mapping[str, Any]
-    do: Callable[[], tuple[list[Row], Mapping[str, Any]]]
 
 
 class Study:
@@ -116,53 +67,49 @@ class Study:
     def __init__(self, name: str, arguments: argparse.Namespace, command_line: str) -> None:
         if arguments.steps < 0:
             raise UserError(f"--steps {arguments.steps} must not be negative: 0 trains nothing")
-        check_positive({"lr": arguments.lr, "batch_tokens": arguments.batch_tokens})
+        check_positive({"lr": arguments.lr})
+        check_shares(arguments.sparsity)
+        check_device(arguments.device)
+        with as_user_error(ValueError):
+            check_how(arguments.compile or False)
         self.name, self.arguments, self.trains = name, arguments, arguments.steps > 0
-        tokens = max(1, arguments.steps) * arguments.batch_tokens
-        self.settings = settings_of(
-            arguments, command_line, tokens=tokens, sparsities=arguments.sparsity, compile=arguments.compile
-        )
-        self.store = Store(self.settings.output)
-        self.store.check_free()
-        self._material: Material | None = None
-
-    @property
-    def material(self) -> Material:
-        """Model and texts, loaded once."""
-        if self._material is None:
-            self._material = Material(self.settings)
-        return self._material
+        self.shares = tuple(sorted(set(arguments.sparsity)))
+        store = Store(arguments.output)
+        store.check_free()
+        self.worker = Worker(store, command_line, arguments.commit)
+        self.task: BooksTask = task_of(arguments)
 
     # --- models -------------------------------------------------------------------------------------------------------
 
-    def fields(self, methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    def settings(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         """``--set`` by method."""
-        return changes(self.arguments.fields, {method: METHODS[method].fields for method in methods})
+        return settings_of(self.arguments.fields, methods)
 
-    def run(self, method: str, settings: Mapping[str, Any], seed: int) -> Run:
+    def job(self, method: str, settings: Mapping[str, Any], seed: int) -> Job:
         """A model to make; methods with a model for each sparsity get the first of ``--sparsity``.
 
         Raises:
             UserError: if a setting is refused.
         """
-        shares = self.settings.sparsities
-        share = shares[0] if METHODS[method].per_sparsity else None
+        a, task, shares = self.arguments, self.task, self.shares
         if method == "ours":
             settings = {"low": shares[0], "high": shares[-1], **settings}
-        found = Run(method, settings, self.arguments.lr, seed, share)
-        check(found)
-        return found
+        shares = shares[:1] if METHODS[method].each else shares
+        how = {"autocast": a.bf16, "compile": a.compile, "seconds": None}
+        about = {"model": task.model, "weights": task.weights, "about": task.about}
+        job = Job(task.name, method, dict(settings), shares, a.lr, seed, a.steps, None, **how, **about)
+        check(Work(job, task, nn.Identity(), trains=self.trains))
+        return job
 
-    def about(self, run: Run) -> dict[str, Any]:
-        """All that decides what a model is like."""
-        return {**describe(run, self.material), "trains": self.trains, "weights": self.material.model_key()}
-
-    def make(self, run: Run, before: Callable[[Any], None] | None = None) -> tuple[Adapted, Mapping[str, Any]]:
-        """A model, trained if there are steps, and what is to be said of its training."""
-        job = AnalysisJob(run, self.material, before, self.trains)
-        with as_user_error(ValueError):
-            adapted = METHODS[run.method].adapt(job)
-        return adapted, {"stages": job.configs, "training": job.training()} if self.trains else {}
+    def make(self, job: Job, record: Record, before: Callable[[Any], None] | None = None) -> Trained:
+        """A model, trained if there are steps, and shown before that; the record gets what training says."""
+        # Conversions are not kept, since every variant would be.
+        work = Work(job, self.task, self.task.fresh(job.seed), trains=self.trains, before=before)
+        trained = METHODS[job.method].train(work)
+        if self.trains:
+            training = work.training
+            record |= {"stages": training.stages, "training": training.summary(self.task.step_tokens)}
+        return trained
 
     def checkpoints(self) -> dict[str, Path]:
         """``--checkpoint`` by name.
@@ -178,12 +125,6 @@ class Study:
             found[name] = Path(folder)
         return found
 
-    def about_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """All that decides what is measured of a checkpoint."""
-        same = {key: getattr(self.settings, key) for key in ("windows", "search_windows")}
-        found = {"checkpoint": folder.name, "digest": digest_of_model(folder), **same}
-        return {**found, "texts": self.material.fingerprints}
-
     def load(self, folder: Path) -> Any:
         """A sparse checkpoint in float32 on the device.
 
@@ -193,100 +134,81 @@ class Study:
         model, tokenizer = load_model(str(folder))
         if not any(isinstance(module, RoutedExperts) for module in model.modules()):
             raise UserError(f"{folder} holds no sparse model: name a folder that prunepath train or sparsify wrote")
-        if tokenizer.get_vocab() != self.material.tokenizer.get_vocab():
+        if tokenizer.get_vocab() != self.task.tokenizer.get_vocab():
             raise UserError(f"{folder} reads other tokens than --model: name the model that it was made from")
-        return model.float().to(self.settings.device).eval()
+        return model.float().to(self.arguments.device).eval()
 
     def measured(self, model: Any, when: str) -> list[Row]:
         """Perplexity on every text at every sparsity, in rows that say when."""
-        knob = TauKnob(model, self.settings.eval_rows)
-        job = Job(Run("", {}, self.arguments.lr, 0, None), self.material)
-        return [{"when": when, **row} for row in job.measure(Adapted(model, knob))]
+        return [{"when": when, **row} for row in self.task.evaluate(Trained(model, TauKnob(model)), self.shares)]
 
-    # --- parts and results --------------------------------------------------------------------------------------------
+    # --- parts --------------------------------------------------------------------------------------------------------
 
-    def do(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
-        """What each part gave, now or before; those that another process has in hand are left out, and said."""
-        found = []
-        for number, part in enumerate(parts, 1):
-            about = {"analysis": self.name, **part.about}
-            name = f"{self.name}-{part.name}-{digest(about)}"
-            with self.store.claim(name) as mine:
-                if mine and not self.store.has(name):
-                    print(f"[{number}/{len(parts)}] {name}", file=sys.stderr, flush=True)
-                    self.store.write(name, self._result(part, about))
-                    _free(self.settings.device)
-            done = self.store.read(name)
-            if done is None:
-                print(f"{name} is in hand elsewhere: run the same again for its part of the table", file=sys.stderr)
-            else:
-                found.append({"file": name, **done})
-        if not found:
-            raise UserError(f"no part is done yet in {self.settings.output}: wait for the other process")
-        return found
-
-    def _result(self, part: Part, about: Mapping[str, Any]) -> dict[str, Any]:
-        start = time.perf_counter()
-        rows: list[Row] = []
-        more: Mapping[str, Any] = {}
-        failed = None
-        try:
-            rows, more = part.do()
-        except FloatingPointError as error:
-            failed = str(error)
-        seconds = round(time.perf_counter() - start, 2)
-        found = {"analysis": self.name, "about": about, **origin(self.settings.command_line, self.settings.commit)}
-        return {**found, "seconds": seconds, "failed": failed, "rows": rows, **more}
-
-    def finish(
-        self, parts: Sequence[Mapping[str, Any]], rows: Sequence[Row], lines: Sequence[str], plot: Callable[[Any], None]
-    ) -> tuple[str, str]:
-        """Write results, table and plot; the table and the results' JSON as text.
+    def part(self, name: str, about: Mapping[str, Any], rows: Callable[[Record], list[Row]]) -> Part:
+        """What is done once.
 
         Args:
-            parts: as :meth:`do` answered.
-            rows: over seeds.
-            lines: the table.
-            plot: draws into an empty figure.
+            name: begins the name of its file, behind that of the analysis.
+            about: all that decides what it gives.
+            rows: measures; may add to the record that it is given.
         """
-        drawn = figure(figsize=(11, 4.5))
-        if drawn is not None:
-            plot(drawn)
-        budget = dataclasses.asdict(self.settings.budget) if self.trains else None
-        about = {"analysis": self.name, "command_line": self.settings.command_line, **origins(parts)}
-        about |= {"model": Path(self.settings.model).name, "budget": budget, "texts": self.material.fingerprints}
-        failed = {part["file"]: part["failed"] for part in parts if part["failed"]}
-        numbers = {**about, "rows": list(rows), "failed": failed, "parts": [part["file"] for part in parts]}
-        numbers["plot"] = None if drawn is None else save(drawn, self.settings.output, STEM)
-        notes = [f"- {key}: {'; '.join(about[key])}" for key in ("hardware", "versions", "commit")]
-        notes += [f"- {about['model']}, " + (f"{self.arguments.steps} steps" if self.trains else "as converted")]
-        notes += [f"- failed: {name}: {reason}" for name, reason in failed.items()]
-        text = "\n".join([*lines, "", *notes])
-        return text, write(self.settings.output, text, numbers, STEM)
+        about = {"analysis": self.name, **about}
 
+        def do(record: Record) -> None:
+            record["rows"] = rows(record)
 
-def over_seeds(rows: Iterable[Row], by: Sequence[str], values: Sequence[str]) -> list[Row]:
-    """One row for each combination of ``by``: of each value mean, least and most, and the number of rows.
+        decides = {key: value for key, value in about.items() if key != "model"}
+        whole = {"analysis": self.name, "about": about}
+        return Part(f"{self.name}-{name}-{digest(decides)}", whole, do)
 
-    Rows keep the order of the first of their combination.
-    """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in by), []).append(row)
-    return [
-        {
-            **dict(zip(by, key, strict=True)),
-            **{name: dataclasses.asdict(spread_of([row[name] for row in group])) for name in values},
-            "seeds": len(group),
-        }
-        for key, group in groups.items()
-    ]
+    def about(self, job: Job) -> dict[str, Any]:
+        """All that decides what a model is like."""
+        return {**dataclasses.asdict(job), "trains": self.trains}
 
+    def models(self, methods: Sequence[str], common: Mapping[str, Any], rows: Rows, **more: Any) -> list[Part]:
+        """Parts that measure a model for each method and seed, and what ``--checkpoint`` names.
 
-def shown(value: Mapping[str, float], digits: int = 2, scale: float = 1.0) -> str:
-    """Mean, and least and most if they differ."""
-    mean, least, most = (f"{scale * value[name]:.{digits}f}" for name in ("mean", "least", "most"))
-    return mean if least == most else f"{mean} [{least}, {most}]"
+        Args:
+            methods: that make models.
+            common: settings of all of them, which ``--set`` precedes.
+            rows: measures a model of a name.
+            **more: decides besides the model what is measured.
+        """
+        fields, found = self.settings(methods), []
+        for method, seed in product(methods, self.arguments.seeds):
+            job = self.job(method, {**common, **fields[method]}, seed)
+
+            def made(record: Record, job: Job = job) -> list[Row]:
+                return rows(job.method, self.make(job, record).model)
+
+            found.append(self.part(f"{method}-seed{seed}", {**self.about(job), **more}, made))
+        for name, folder in self.checkpoints().items():
+
+            def loaded(record: Record, name: str = name, folder: Path = folder) -> list[Row]:
+                return rows(name, self.load(folder))
+
+            about = {"checkpoint": folder.name, "digest": digest_of_model(folder), "name": name, **more}
+            found.append(self.part(name, {**about, "model": self.task.model, "about": self.task.about}, loaded))
+        return found
+
+    def do(self, parts: Sequence[Part]) -> dict[str, Record]:
+        """Records of the parts by name, those that are not there yet being made.
+
+        Raises:
+            UserError: if all are in hand elsewhere, or a setting is refused.
+        """
+        found = {}
+        with bar_of(len(parts)) as bar:
+            for part in parts:
+                record = self.worker.do(part, bar)
+                if record is None:
+                    text = f"{part.name} is in hand elsewhere: run the same again for its part of the table"
+                    print(text, file=sys.stderr)
+                else:
+                    found[part.name] = record
+        if not found:
+            raise UserError(f"no part is done yet in {self.arguments.output}: wait for the other process")
+        return found
 
 
 def product(*lists: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -294,7 +216,83 @@ def product(*lists: Sequence[Any]) -> list[tuple[Any, ...]]:
     return list(itertools.product(*(list(dict.fromkeys(values)) for values in lists)))
 
 
-def _free(device: str) -> None:
-    gc.collect()  # hooks and models hold each other
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
+# --- reports and commands ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis.
+
+    Attributes:
+        name: of the command.
+        about: its help.
+        add_arguments: adds its options to a command line.
+        check: refuses options before anything is loaded.
+        plan: its parts.
+        summary: rows over seeds, of the rows of all parts.
+        table: the lines of the tables of these rows.
+        plot: draws these rows into an empty figure.
+    """
+
+    name: str
+    about: str | None
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    check: Callable[[argparse.Namespace], None]
+    plan: Callable[[Study], list[Part]]
+    summary: Callable[[Sequence[Row]], list[Row]]
+    table: Callable[[Sequence[Row]], list[str]]
+    plot: Callable[[Any, Sequence[Row]], None]
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run a command; the exit code."""
+        parser = run_and_report(self.name, self.about, self.add_arguments)
+        return dispatch(self.name, parser, {"run": self._run, "report": self._report}, argv)
+
+    def _run(self, arguments: argparse.Namespace, command_line: str) -> str:
+        self.check(arguments)
+        study = Study(self.name, arguments, command_line)
+        text, encoded = self._finish(arguments.output, study.do(self.plan(study)))
+        return encoded if arguments.json else text
+
+    def _report(self, arguments: argparse.Namespace, _: str) -> str:
+        place: Path = arguments.place
+        if place.is_file() and "runs" not in (whole := read_json(place)):
+            # Rows over seeds, as earlier versions kept them without the runs that they came from.
+            return json.dumps(whole["rows"]) if arguments.json else "\n".join(self.table(whole["rows"]))
+        own = {name: record for name, record in records_of(place).items() if "analysis" in record}
+        if not own:
+            raise UserError(f"{place} holds no results of an analysis: name the folder that -o of run named")
+        text, encoded = self._finish(place, own)
+        return encoded if arguments.json else text
+
+    def _finish(self, place: Path, records: Mapping[str, Record]) -> tuple[str, str]:
+        """Write results, table and plot; the table and the results' JSON as text."""
+        rows = self.summary([row for record in records.values() for row in record["rows"]])
+        missing = [_unreachable(row) for record in records.values() for row in record["rows"] if "unreachable" in row]
+        drawn = figure(figsize=(11, 4.5)) if rows else None
+        if drawn is not None:
+            self.plot(drawn, rows)
+        said = {"command_line": sorted({record["command_line"] for record in records.values()})}
+        said |= origins(records.values())
+        failed = {name: record["failed"] for name, record in records.items() if record.get("failed")}
+        numbers = {"analysis": self.name, **said, "rows": rows, "failed": failed, "parts": list(records)}
+        numbers["plot"] = None if drawn is None else save(drawn, place, STEM)
+        notes = [f"- {key}: {'; '.join(said[key])}" for key in ("hardware", "versions", "commit")]
+        notes += [f"- {made}" for made in sorted({_made_of(record["about"]) for record in records.values()})]
+        notes += [f"- failed: {name}: {reason}" for name, reason in failed.items()]
+        text = "\n".join([*self.table(rows), *(["", *missing] if missing else []), "", *notes])
+        return text, write(place, text, numbers, STEM)
+
+
+def _made_of(about: Mapping[str, Any]) -> str:
+    """The model of a part, and for how long it was trained."""
+    if not about.get("trains"):
+        return f"{about.get('model', 'the dense model')}, as converted"
+    budget = about.get("budget")  # of a record that an earlier version wrote
+    steps = about["steps"] if budget is None else budget["tokens"] // budget["batch_tokens"]
+    return f"{about['model']}, {steps} steps"
+
+
+def _unreachable(row: Row) -> str:
+    place = ", ".join(str(row[key]) for key in ("variant", "when", "text") if key in row)
+    return f"- {place}: {row['asked']:.0%} is out of reach, {row['unreachable']}"

@@ -1,17 +1,26 @@
 """Perplexity and realised sparsity of one checkpoint over tau: figure 8 of arXiv 2605.28283.
 
+    python -m benchmarks taus run --model DIR_OR_GGUF --data FOLDER --checkpoint NAME=DIR -o OUT
+    python -m benchmarks taus report OUT
+
 lm-eval's tasks over tau are ``prunepath sweep``.
+
+Models are converted and trained as ``benchmarks books`` does it, on the same texts; without ``--steps`` nothing is
+trained. Each part writes one JSON file once it is done, and is not done again. ``results.json``, ``results.md`` and
+``results.png`` in the folder are those of the last command; ``OUT/cache`` can be removed when all is done.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.adaptation.measure import Constant, TauKnob, perplexity_row
-from benchmarks.analyses.study import Part, Row, Study, add_checkpoints, add_options, over_seeds, product, shown
-from benchmarks.common.report import markdown
+from benchmarks.analyses.study import Analysis, Part, Study, add_checkpoints, add_options
+from benchmarks.harness import Trained
+from benchmarks.harness.knobs import Constant, TauKnob
+from benchmarks.harness.report import markdown, over_seeds, shown
+from benchmarks.harness.task import Row
 from torch_prunepath import set_tau
 from torch_prunepath.config import check_tau
 from torch_prunepath.console.errors import UserError, as_user_error
@@ -31,73 +40,47 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tau", type=float, nargs="+", default=list(TAUS), help="the sweep")
 
 
-def work(arguments: argparse.Namespace, command_line: str) -> tuple[str, str]:
-    """Measure what is not measured yet; the table and the results as text."""
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded; without any, models are made by ours.
+
+    Raises:
+        UserError: if a tau is outside (0, 1], or there is no model to sweep.
+    """
     with as_user_error(ValueError):
-        taus = sorted({check_tau(tau) for tau in arguments.tau}, reverse=True)
-    methods = arguments.methods
-    if methods is None:
-        methods = [] if arguments.checkpoint else ["ours"]
-    if not methods and not arguments.checkpoint:
+        arguments.tau = sorted({check_tau(tau) for tau in arguments.tau}, reverse=True)
+    if arguments.methods is None:
+        arguments.methods = [] if arguments.checkpoint else ["ours"]
+    if not arguments.methods and not arguments.checkpoint:
         raise UserError("there is no model to sweep: give --checkpoint NAME=DIR or --methods")
-    study = Study(NAME, arguments, command_line)
-    parts = study.do([_dense(study), *_made(study, methods, taus), *_loaded(study, taus)])
-    by = ("model", "text", "asked_tau")
-    rows = over_seeds((row for part in parts for row in part["rows"]), by, ("perplexity", "sparsity"))
-    return study.finish(parts, rows, table(rows), lambda drawn: plot(drawn, rows))
 
 
-def _dense(study: Study) -> Part:
-    about = {"dense": study.material.model_key(), "texts": study.material.fingerprints}
-
-    def do() -> tuple[list[Row], Mapping[str, Any]]:
-        model, knob = study.material.dense(), Constant(0.0)
-        rows = [
-            {"model": DENSE, "text": text, "asked_tau": 1.0, **perplexity_row(model, knob, window_NC, _at_once(study))}
-            for text, window_NC in study.material.texts.items()
-        ]
-        return rows, {}
-
-    return Part(DENSE, about, do)
+def plan(study: Study) -> list[Part]:
+    """The dense model, then a sweep of each other."""
+    taus, methods = study.arguments.tau, study.arguments.methods
+    about = {name: getattr(study.task, name) for name in ("weights", "about", "model")}
+    dense = study.part(DENSE, about, lambda record: _dense(study))
+    return [dense, *study.models(methods, {}, lambda name, model: sweep(study, name, model, taus), taus=taus)]
 
 
-def _made(study: Study, methods: Sequence[str], taus: Sequence[float]) -> list[Part]:
-    fields, found = study.fields(methods), []
-    for method, seed in product(methods, study.arguments.seeds):
-        run = study.run(method, fields[method], seed)
-
-        def do(run: Any = run) -> tuple[list[Row], Mapping[str, Any]]:
-            adapted, said = study.make(run)
-            return sweep(study, run.method, adapted.model, taus), said
-
-        found.append(Part(f"{method}-seed{seed}", {**study.about(run), "taus": list(taus)}, do))
-    return found
-
-
-def _loaded(study: Study, taus: Sequence[float]) -> list[Part]:
-    found = []
-    for name, folder in study.checkpoints().items():
-
-        def do(name: str = name, folder: Any = folder) -> tuple[list[Row], Mapping[str, Any]]:
-            return sweep(study, name, study.load(folder), taus), {}
-
-        found.append(Part(name, {**study.about_checkpoint(folder), "taus": list(taus), "name": name}, do))
-    return found
+def _dense(study: Study) -> list[Row]:
+    trained = Trained(study.task.fresh(0), Constant(0.0))
+    same = {"model": DENSE, "asked_tau": 1.0}
+    return [{**same, "text": text, **study.task.measure(trained, text)} for text in study.task.texts]
 
 
 def sweep(study: Study, name: str, model: Any, taus: Sequence[float]) -> list[Row]:
     """A row for each tau and text."""
-    knob, rows = TauKnob(model, _at_once(study)), []
+    trained, rows = Trained(model, TauKnob(model)), []
     for tau in taus:
         set_tau(model, tau)
-        for text, window_NC in study.material.texts.items():
-            found = perplexity_row(model, knob, window_NC, _at_once(study))
-            rows.append({"model": name, "text": text, "asked_tau": tau, **found})
+        for text in study.task.texts:
+            rows.append({"model": name, "text": text, "asked_tau": tau, **study.task.measure(trained, text)})
     return rows
 
 
-def _at_once(study: Study) -> int:
-    return study.settings.eval_rows
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Rows over seeds."""
+    return over_seeds(rows, ("model", "text", "asked_tau"), ("perplexity", "sparsity"))
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -133,3 +116,8 @@ def plot(drawn: Any, rows: Sequence[Row]) -> None:
     tau_axes.set(xlabel="tau", ylabel="inactive share of FFN neurons (%)")
     axes.set(title=text, xlabel="inactive share of FFN neurons (%)", ylabel="perplexity", yscale="log")
     axes.legend(fontsize="small")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    return Analysis(NAME, __doc__, add_arguments, check, plan, summary, table, plot).main(argv)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.analyses.study import CONVERTED, TRAINED, Part, Row, Study, over_seeds, product, shown
-from benchmarks.common.report import markdown
+from benchmarks.analyses.study import CONVERTED, TRAINED, Analysis, Part, Study, product
+from benchmarks.harness import Job
+from benchmarks.harness.report import look, markdown, over_seeds, shown
+from benchmarks.harness.store import Record
+from benchmarks.harness.task import Row
 
 METHOD = "ours"
 HELD = "held"
-
-
-def method_of(study: Study) -> str:
-    """Ours, for one sparsity or for all of several."""
-    return HELD if len(study.settings.sparsities) == 1 else METHOD
 
 
 def parts_of(study: Study, variants: Mapping[str, Mapping[str, Any]], common: Mapping[str, Any]) -> list[Part]:
@@ -25,40 +24,44 @@ def parts_of(study: Study, variants: Mapping[str, Mapping[str, Any]], common: Ma
         variants: settings of each, by name.
         common: settings of all, which those of a variant precede.
     """
-    method = method_of(study)
-    everywhere = {**common, **study.fields([method])[method]}
+    # Ours, for one sparsity or for all of several.
+    method = HELD if len(study.shares) == 1 else METHOD
+    everywhere = {**common, **study.settings([method])[method]}
     found = []
     for name, seed in product(list(variants), study.arguments.seeds):
-        run = study.run(method, {**everywhere, **variants[name]}, seed)
+        job = study.job(method, {**everywhere, **variants[name]}, seed)
 
-        def do(run: Any = run, name: str = name) -> tuple[list[Row], Mapping[str, Any]]:
+        def do(record: Record, job: Job = job, name: str = name) -> list[Row]:
             rows: list[Row] = []
-
-            def before(model: Any) -> None:
-                rows.extend(study.measured(model, CONVERTED))
-
-            adapted, said = study.make(run, before)
+            trained = study.make(job, record, lambda model: rows.extend(study.measured(model, CONVERTED)))
             if study.trains:
-                rows += study.measured(adapted.model, TRAINED)
-            return [{"variant": name, **row} for row in rows], said
+                rows += study.measured(trained.model, TRAINED)
+            return [{"variant": name, **row} for row in rows]
 
-        about = {**study.about(run), "variant": name, "sparsities": list(study.settings.sparsities)}
-        found.append(Part(f"{name}-seed{seed}", about, do))
+        found.append(study.part(f"{name}-seed{seed}", {**study.about(job), "variant": name}, do))
     return found
 
 
-def finish(study: Study, parts: Sequence[Mapping[str, Any]], title: str) -> tuple[str, str]:
-    """The table and the results as text."""
-    measured = [row for part in parts for row in part["rows"] if "perplexity" in row]
-    rows = over_seeds(measured, ("variant", "when", "text", "asked"), ("perplexity", "sparsity", "tau"))
-    missing = [
-        f"- {row['variant']}, {row['when']}, {row['text']}: {row['asked']:.0%} is out of reach, {row['unreachable']}"
-        for part in parts
-        for row in part["rows"]
-        if "unreachable" in row
-    ]
-    lines = [f"# {title}", *table(rows), *(["", *missing] if missing else [])]
-    return study.finish(parts, rows, lines, lambda drawn: plot(drawn, rows))
+def analysis(
+    name: str,
+    about: str | None,
+    title: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    check: Callable[[argparse.Namespace], None],
+    plan: Callable[[Study], list[Part]],
+) -> Analysis:
+    """An analysis that compares variants, its tables under a title."""
+
+    def titled(rows: Sequence[Row]) -> list[str]:
+        return [f"# {title}", *table(rows)]
+
+    return Analysis(name, about, add_arguments, check, plan, summary, titled, plot)
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Rows over seeds."""
+    measured = [row for row in rows if "perplexity" in row]
+    return over_seeds(measured, ("variant", "when", "text", "asked"), ("perplexity", "sparsity", "tau"))
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -80,8 +83,6 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def plot(drawn: Any, rows: Sequence[Row]) -> None:
     """The first text: a panel for each time."""
-    if not rows:
-        return
     text = rows[0]["text"]
     times = [when for when in (CONVERTED, TRAINED) if any(row["when"] == when for row in rows)]
     names = list(dict.fromkeys(row["variant"] for row in rows))
@@ -90,9 +91,9 @@ def plot(drawn: Any, rows: Sequence[Row]) -> None:
             own = [row for row in rows if (row["variant"], row["when"], row["text"]) == (name, when, text)]
             own.sort(key=lambda row: row["sparsity"]["mean"])
             across = [100 * row["sparsity"]["mean"] for row in own]
-            look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
-            axes.plot(across, [row["perplexity"]["mean"] for row in own], marker=".", label=name, **look)
+            style = look(number)
+            axes.plot(across, [row["perplexity"]["mean"] for row in own], marker=".", label=name, **style)
             bounds = ([row["perplexity"][bound] for row in own] for bound in ("least", "most"))
-            axes.fill_between(across, *bounds, color=look["color"], alpha=0.2)
+            axes.fill_between(across, *bounds, color=style["color"], alpha=0.2)
         axes.set(title=f"{text}, {when}", xlabel="inactive share of FFN neurons (%)", ylabel="perplexity", yscale="log")
     axes.legend(fontsize="x-small")

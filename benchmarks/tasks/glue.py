@@ -1,16 +1,26 @@
-"""GLUE tasks for an encoder with a classification head: data, the halves of their dev sets, accuracy and F1.
+"""GLUE: accuracy against sparsity, a dense encoder fine-tuned on each task, then made sparse by each method.
 
-Dev sets are cut in two once and for all: one half is for choices (learning rates, settings), the other is reported.
+    python -m benchmarks glue run --model DIR --data DIR --tasks rte mrpc --seeds 0 1 2 -o OUT
+    python -m benchmarks glue report OUT --both-halves
+
+DIR of the model is a folder in Hugging Face's layout (all-MiniLM-L6-v2, for instance), DIR of the data holds
+``sst2_train.jsonl.gz``, ``sst2_dev.jsonl.gz`` and so on. Nothing is downloaded. Every method starts from the same
+fine-tuned dense model and takes the same number of optimiser steps on the same data; ``dense-longer`` takes them and
+stays dense. Dev sets are cut in two once and for all: learning rates and settings are chosen on one half, the other is
+reported; with ``--both-halves`` the other way round as well. (The rate of the fine-tuning before is chosen once, by the
+first half.)
+
+Fine-tuned and converted models are kept in ``OUT/cache``, which may be removed, and shared by processes with the same
+OUT. With ``--compile`` every method trains compiled, wherever it does not work by hooks, on the same batches padded to
+one shape.
 """
 
 from __future__ import annotations
 
-import gzip
+import argparse
 import hashlib
-import itertools
 import json
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,15 +28,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.common.store import digest
-from benchmarks.tasks.runs import measured, unheard
-from torch_prunepath.console.errors import UserError, as_user_error, one_line
-from torch_prunepath.train.batches import IGNORED
+from benchmarks.harness import Trained, run
+from benchmarks.harness.options import dispatch, outcome_said, run_and_report
+from benchmarks.harness.scores import Halves, write_report
+from benchmarks.harness.store import digest, digest_of_model, records_of
+from benchmarks.harness.task import Row
+from benchmarks.tasks.rows import (
+    Shuffled,
+    add_task,
+    calibration_of,
+    on_device,
+    options_of_rows,
+    padded,
+    read_rows,
+    unheard,
+)
+from torch_prunepath.baselines.routed import CALIBRATION_TOKENS
+from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.inputs.data import evaluating
 
-Row = dict[str, Any]
-Inputs = dict[str, Tensor]
+NAME = "glue"
+METRICS = ("accuracy", "f1")
+PERCENT = {"accuracy": 100.0, "f1": 100.0}
 
 
 @dataclass(frozen=True)
@@ -55,29 +80,9 @@ GLUE: Mapping[str, Shape] = MappingProxyType(
     }
 )
 TRAINED_OF_DEV = 0.6
-CALIBRATION_BATCHES = 16
-SUFFIXES = (".jsonl.gz", ".jsonl")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(folder: Path, name: str) -> list[Row]:
-    """The rows of ``NAME.jsonl.gz`` or ``NAME.jsonl``.
-
-    Raises:
-        UserError: if there is no such file, or it does not hold JSON lines.
-    """
-    for suffix in SUFFIXES:
-        path = folder / f"{name}{suffix}"
-        if path.is_file():
-            opener: Any = gzip.open if suffix.endswith(".gz") else open
-            try:
-                with opener(path, "rt", encoding="utf-8") as file:
-                    return [json.loads(line) for line in file if line.strip()]
-            except (OSError, EOFError, ValueError) as error:
-                raise UserError(f"{path} holds no JSON lines ({one_line(error)}): get it again") from error
-    raise UserError(f"there is no {name}.jsonl.gz (or .jsonl) in {folder}: name the folder that holds it with --data")
 
 
 def split(rows: Sequence[Row], texts: Sequence[str], trained: float = 0.0) -> tuple[list[Row], list[Row], list[Row]]:
@@ -128,61 +133,6 @@ def _checked(rows: list[Row], shape: Shape, trained: float) -> tuple[list[Row], 
     return split(rows, shape.texts, trained)
 
 
-class Shuffled:
-    """Batches of rows in a new order at each pass, padded to the longest of each batch.
-
-    With ``one_shape``, for compiled training, they are the same batches, but padded to the longest row of all. Where
-    the last batch of a pass is smaller, its rows are repeated without their labels until it is full: its loss on the
-    task stays what it was, only what routers learn from and the realised sparsity count these rows again.
-
-    Args:
-        rows: tokenised, with ``labels``; each a dict of lists.
-        batch: rows a batch.
-        seed: of the orders.
-        pad: padding value of each key.
-        one_shape: see above.
-    """
-
-    def __init__(
-        self, rows: Sequence[Row], batch: int, seed: int, pad: Mapping[str, int], one_shape: bool = False
-    ) -> None:
-        self.rows, self.batch, self.seed, self.pad = rows, batch, seed, pad
-        self.width = max(len(row["input_ids"]) for row in rows) if one_shape else None
-        self._passes = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch)
-
-    def __iter__(self) -> Iterator[Inputs]:
-        order = list(range(len(self.rows)))
-        random.Random(f"{self.seed} {self._passes}").shuffle(order)
-        self._passes += 1
-        for start in range(0, len(order), self.batch):
-            rows = [self.rows[i] for i in order[start : start + self.batch]]
-            if self.width is not None:
-                again = itertools.islice(itertools.cycle(rows), self.batch - len(rows))
-                rows = rows + [_unlabelled(row) for row in again]
-            yield padded(rows, self.pad, width=self.width)
-
-
-def _unlabelled(row: Row) -> Row:
-    labels = row["labels"]
-    return {**row, "labels": IGNORED if isinstance(labels, int) else [IGNORED] * len(labels)}
-
-
-def padded(rows: Sequence[Row], pad: Mapping[str, int], left: bool = False, width: int | None = None) -> Inputs:
-    """Rows as one batch, int64 ``[B, T]``; numbers as ``[B]``; T is the longest row's length, or ``width``."""
-    batch: Inputs = {}
-    for key, first in rows[0].items():
-        if isinstance(first, int):
-            batch[key] = torch.tensor([row[key] for row in rows])
-            continue
-        length = max(len(row[key]) for row in rows) if width is None else width
-        filled = [([pad[key]] * (length - len(row[key])), row[key]) for row in rows]
-        batch[key] = torch.tensor([fill + row if left else row + fill for fill, row in filled])
-    return batch
-
-
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +157,7 @@ def f1(predicted: Sequence[int], labels: Sequence[int]) -> float:
 
 
 class GlueTask:
-    """One task, for :class:`~benchmarks.tasks.runs.Runner`.
+    """One GLUE task.
 
     Args:
         name: in :data:`GLUE`.
@@ -221,13 +171,16 @@ class GlueTask:
         UserError: if data or model cannot be had.
     """
 
+    tuned, causal = True, False
+    accumulation, step_tokens, calibration_tokens = 1, None, CALIBRATION_TOKENS
     packages: tuple[str, ...] = ()
 
     def __init__(self, name: str, folder: Path, model: str, *, batch: int, length: int, device: str) -> None:
-        self.name, self.model, self.batch, self.length, self.device = name, model, batch, length, device
+        self.name, self.batch, self.length, self.device = name, batch, length, device
+        self.place, self.model, self.weights = model, Path(model).name, digest_of_model(Path(model))
         self.shape = GLUE[name]
         parts = rows_of(self.shape, folder)
-        self.digest = digest([parts, length], 16)
+        self.about = {"data": digest([parts, length], 16), "batch": batch}
         self.labels = len({row["label"] for part in parts for row in part})
         with as_user_error(OSError, ValueError):
             from transformers import AutoTokenizer
@@ -242,14 +195,13 @@ class GlueTask:
         keys = [key for key in found if key in self.pad]
         return [{key: found[key][i] for key in keys} | {"labels": row["label"]} for i, row in enumerate(rows)]
 
-    def batches(self, seed: int, one_shape: bool = False) -> Shuffled:
+    def batches(self, seed: int, *, one_shape: bool = False, accumulation: int = 1, skip: int = 0) -> Shuffled:
         """Training batches with labels, in a new order at each pass."""
         return Shuffled(self.train, self.batch, seed, self.pad, one_shape)
 
     def calibration(self) -> list[dict[str, Any]]:
         """Some training batches without labels."""
-        some = itertools.islice(Shuffled(self.train, self.batch, 0, self.pad), CALIBRATION_BATCHES)
-        return [{key: value for key, value in batch.items() if key != "labels"} for batch in some]
+        return calibration_of(self.batches(0), self.device)
 
     def fresh(self, seed: int) -> nn.Module:
         """The encoder with a classification head drawn from the seed."""
@@ -258,26 +210,29 @@ class GlueTask:
         with torch.random.fork_rng(devices=[]), unheard(), as_user_error(OSError, ValueError):
             torch.manual_seed(seed)
             model = AutoModelForSequenceClassification.from_pretrained(
-                self.model, num_labels=self.labels, dtype=torch.float32
+                self.place, num_labels=self.labels, dtype=torch.float32
             )
         return model.to(self.device)  # type: ignore[no-any-return]
 
-    def evaluate(self, model: nn.Module, sparse: bool) -> dict[str, Any]:
+    def evaluate(self, trained: Trained, sparsity: Sequence[float]) -> list[Row]:
         """Accuracy, loss and, where it is the task's custom, F1 of both halves; chosen by accuracy, then by loss."""
-        found = {"select": self._half(model, self.select, sparse), "report": self._half(model, self.report, sparse)}
-        select = found["select"]
-        select["score"] = preference(select)
+        found = []
+        for row in trained.settings(sparsity, self.calibration()):
+            if "unreachable" not in row:
+                row |= {"select": self._half(trained, self.select), "report": self._half(trained, self.report)}
+                row["select"]["score"] = preference(row["select"])
+            found.append(row)
         return found
 
-    def _half(self, model: nn.Module, rows: Sequence[Row], sparse: bool) -> dict[str, Any]:
+    def _half(self, trained: Trained, rows: Sequence[Row]) -> dict[str, Any]:
         # Rows of like length together: less padding.
         rows = sorted(rows, key=lambda row: len(row["input_ids"]))
         logits, labels = [], [row["labels"] for row in rows]
-        with measured(model, sparse) as record:
+        with evaluating(trained.model), trained.knob.recording() as record:
             for start in range(0, len(rows), 4 * self.batch):
                 batch = padded(rows[start : start + 4 * self.batch], self.pad)
-                inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
-                logits.append(model(**inputs).logits.float().cpu())
+                inputs = {key: value for key, value in on_device(batch, self.device).items() if key != "labels"}
+                logits.append(trained.model(**inputs).logits.float().cpu())
         scores_BC = torch.cat(logits)
         predicted = scores_BC.argmax(-1).tolist()
         found = {
@@ -287,6 +242,40 @@ class GlueTask:
         }
         if self.shape.f1:
             found["f1"] = f1(predicted, labels)
-        if record is not None:
-            found["sparsity"] = record.sparsity
-        return found
+        return {**found, "sparsity": record.sparsity}
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    add_task(command, GlueTask, batch=32, lr=1e-4)
+    add = command.add_argument
+    add("--tasks", nargs="+", default=list(GLUE), choices=list(GLUE), metavar="TASK", help=", ".join(GLUE))
+    add("--length", type=int, default=128, help="tokens a row, at most")
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    words = "report both halves, each with the runs that the other prefers, in place of the report half alone"
+    command.add_argument("--both-halves", action="store_true", help=words)
+
+
+def _run(arguments: argparse.Namespace, command_line: str) -> str:
+    options = options_of_rows(arguments, command_line)
+    if arguments.length < 8:
+        raise UserError(f"--length {arguments.length} leaves too little text: give at least 8")
+    about = {"batch": arguments.batch, "length": arguments.length, "device": arguments.device}
+    tasks = [GlueTask(name, arguments.data, arguments.model, **about) for name in dict.fromkeys(arguments.tasks)]
+    return outcome_said(run(tasks, options), arguments.json)
+
+
+def _report(arguments: argparse.Namespace, _: str) -> str:
+    halves = Halves(preference, both=arguments.both_halves)
+    results, text = write_report(arguments.place, records_of(arguments.place), METRICS, PERCENT, halves)
+    return json.dumps(results) if arguments.json else text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    parser = run_and_report(NAME, __doc__, _add_run, _add_report)
+    return dispatch(NAME, parser, {"run": _run, "report": _report}, argv)

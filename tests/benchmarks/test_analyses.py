@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny_llama import byte_tokenizer, save_tiny_llama, save_tiny_texts, tiny_llama
 
+from benchmarks.__main__ import main
 from benchmarks.analyses import ablations, reconstruction, study
-from benchmarks.analyses.__main__ import ANALYSES, main
 from torch_prunepath import SparsifyConfig, register_routing_hook, set_tau, sparse_layers, sparsify
 from torch_prunepath.baselines import lte
 from torch_prunepath.console.errors import UserError
@@ -39,7 +39,7 @@ def command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     """Run an analysis with these further arguments; exit code, standard output and standard error."""
 
     def command(name: str, *more: object) -> tuple[int, str, str]:
-        given = [name, "--model", place / "tiny", "--text-train", place / "train.txt", "-o", tmp_path / "out"]
+        given = [name, "run", "--model", place / "tiny", "--text-train", place / "train.txt", "-o", tmp_path / "out"]
         given += ["--text-test", f"test={place / 'test.txt'}", "--context", 32, "--batch-tokens", 128, "--windows", 6]
         given += ["--search-windows", 6, "--calibration-tokens", 512, "--device", "cpu", "--lr", 1e-3, *more]
         capsys.readouterr()
@@ -58,7 +58,7 @@ def check_outputs(out: Path, results: dict[str, Any], name: str) -> None:
     assert json.loads((out / "results.json").read_text()) == results
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG") and (out / "results.md").stat().st_size > 100
     assert results["analysis"] == name and results["failed"] == {}
-    assert results["command_line"].startswith(f"python -m benchmarks.analyses {name} --model")
+    assert results["command_line"][0].startswith(f"python -m benchmarks {name} run --model")
     assert f"torch {torch.__version__}" in results["versions"][0] and results["hardware"] and results["commit"]
     assert sorted(results["parts"]) == sorted(path.stem for path in (out / "runs").iterdir())
 
@@ -96,7 +96,7 @@ def test_training_changes_what_is_reconstructed(command: Runner, tmp_path: Path)
     assert code == 0, err
     for path in (tmp_path / "out" / "runs").iterdir():
         run = json.loads(path.read_text())
-        assert run["training"]["steps"] == 8 == sum(stage["steps"] for stage in run["stages"])
+        assert run["training"]["steps"] == 8 == sum(stage["config"]["steps"] for stage in run["stages"])
 
 
 @pytest.mark.parametrize("name", ["initialisation", "ablations"])
@@ -127,8 +127,8 @@ def test_variants_before_and_after_training(command: Runner, tmp_path: Path, nam
     runs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").iterdir()]
     if name == "ablations":
         (mine,) = [run for run in runs if run["about"]["variant"] == "mine" and run["about"]["seed"] == 0]
-        assert mine["stages"][0]["entropy"] == 1e-3 and mine["about"]["settings"]["router_norm"] is True
-        assert [(p["first"], p["last"]) for p in mine["stages"][0]["phases"]][1] == (0.3, 0.6)
+        assert mine["stages"][0]["config"]["entropy"] == 1e-3 and mine["about"]["settings"]["router_norm"] is True
+        assert [(p["first"], p["last"]) for p in mine["stages"][0]["config"]["phases"]][1] == (0.3, 0.6)
     else:
         made = {json.dumps(run["about"]["settings"], sort_keys=True) for run in runs}
         assert len(made) == 4 and all('"expert_size": 4' in text for text in made)
@@ -138,7 +138,7 @@ def test_one_sparsity_is_trained_for_and_held(command: Runner, tmp_path: Path) -
     code, _, err = command("ablations", "--set", "expert_size=4", "--variants", "ours", "--sparsity", 0.5, "--steps", 4)
     assert code == 0, err
     (run,) = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").iterdir()]
-    assert run["about"]["method"] == "held" and run["stages"][0]["phases"][-1]["last"] == 0.5
+    assert run["about"]["method"] == "held" and run["stages"][0]["config"]["phases"][-1]["last"] == 0.5
     assert {row["when"] for row in run["rows"]} == {"converted", "trained"}
 
 
@@ -163,8 +163,10 @@ def test_what_is_done_is_not_done_again(command: Runner, tmp_path: Path, capsys:
     asked = ("--set", "expert_size=4", "--tau", 1, 0.5)
     _, first, _ = command("taus", *asked, "--json")
     files = files_of(tmp_path / "out")
-    _, again, err = command("taus", *asked, "--json")
-    assert again == first and files_of(tmp_path / "out") == files and "[1/" not in err
+    _, again, _ = command("taus", *asked, "--json")
+    assert again == first and files_of(tmp_path / "out") == files
+    assert main(["taus", "report", str(tmp_path / "out"), "--json"]) == 0
+    assert capsys.readouterr().out == first, "the report needs nothing but the folder"
     lost = next(path for path in files if "ours" in path.name)
     before = json.loads(files[lost])
     lost.unlink()
@@ -308,8 +310,7 @@ def test_foreign_folders_and_other_tokens_are_refused(command: Runner, place: Pa
     assert code == 2 and "reads other tokens" in err
 
 
-def test_every_analysis_has_a_command_and_variants_are_settings_that_exist() -> None:
-    assert list(ANALYSES) == ["reconstruction", "initialisation", "ablations", "taus"]
+def test_variants_are_settings_that_exist() -> None:
     assert ablations.parse("a:gate=sigmoid;gate-offset=8.0") == ("a", {"gate": "sigmoid", "gate_offset": 8.0})
     known = study.METHODS["held"].fields
     assert all(set(settings) <= known for settings in ablations.VARIANTS.values())

@@ -44,7 +44,7 @@ def test_every_side_in_every_mode(tiny: Path, capsys: pytest.CaptureFixture[str]
         assert row["step_ms"] >= row["least_ms"] > 0
         assert row["tokens_per_second"] == pytest.approx(32 / row["step_ms"] * 1e3, rel=1e-3)
         assert row["peak_bytes"] is None or row["peak_bytes"] > 0
-    assert results["command_line"].startswith("python benchmarks/training.py --model")
+    assert results["command_line"].startswith("python -m benchmarks training --model")
 
 
 def test_a_profile_says_where_a_step_goes(tiny: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Perplexity and decoding speed of a causal language model, dense or sparse.
 
-Shapes: N windows of C tokens, P prompt tokens.
+Shapes: N windows of C tokens, B windows at once, P prompt tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch_prunepath.inputs.data import evaluation_mode
 def perplexity(model: Any, window_NC: Tensor, *, title: str = "perplexity") -> float:
     """Perplexity over windows, each read by itself.
 
-    It is exp of the mean negative log-likelihood of tokens 2 to C of every window.
+    It is exp of :func:`mean_loss`.
 
     Args:
         model: a causal language model; ``model(input_ids=[1, C]).logits`` is ``[1, C, vocabulary]``.
@@ -31,15 +31,28 @@ def perplexity(model: Any, window_NC: Tensor, *, title: str = "perplexity") -> f
     Raises:
         ValueError: if it is not a finite number.
     """
-    total = 0.0
-    with evaluation_mode(model), torch.inference_mode():
-        for window_C in tqdm(window_NC.to(model.device), desc=title, unit="window", leave=False, disable=None):
-            logits_CV = model(input_ids=window_C[None], use_cache=False).logits[0, :-1]
-            total += nnf.cross_entropy(logits_CV.float(), window_C[1:], reduction="sum").item()
-    mean = total / (window_NC.shape[0] * (window_NC.shape[1] - 1))
+    mean = mean_loss(model, window_NC, title=title)
     if not math.isfinite(mean):
         raise ValueError("the model's logits contain NaN or infinity, so it has no perplexity: load it in float32")
     return math.exp(mean)
+
+
+def mean_loss(model: Any, window_NC: Tensor, *, rows: int = 1, title: str = "perplexity") -> float:
+    """Mean negative log-likelihood of tokens 2 to C of every window; NaN or infinite where the logits are.
+
+    Args:
+        model: as for :func:`perplexity`; it runs in evaluation mode.
+        window_NC: int64 ``[N, C]``, no padding, C at least 2.
+        rows: windows that go through the model at once.
+        title: what the progress bar says.
+    """
+    total = 0.0
+    with evaluation_mode(model), torch.inference_mode():
+        for window_BC in tqdm(window_NC.split(rows), desc=title, unit="window", leave=False, disable=None):
+            window_BC = window_BC.to(model.device)
+            logits_TV = model(input_ids=window_BC, use_cache=False).logits[:, :-1].flatten(0, 1)
+            total += nnf.cross_entropy(logits_TV.float(), window_BC[:, 1:].flatten(), reduction="sum").item()
+    return total / (window_NC.shape[0] * (window_NC.shape[1] - 1))
 
 
 class _Clock:

@@ -1,4 +1,4 @@
-"""Tables and a plot of the runs in a folder: perplexity against sparsity, over seeds.
+"""The report of runs that measure perplexity: tables and a plot of it against sparsity, over seeds.
 
 A method's learning rate is the one with the lowest perplexity on the held-out end of the training text.
 """
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.adaptation.methods import METHODS
-from benchmarks.adaptation.options import VALID
-from benchmarks.common.report import figure, markdown, origins, save, spread_of, write
-from benchmarks.common.store import Run as Result
-from benchmarks.common.store import Store
+from benchmarks.harness.methods import METHODS
+from benchmarks.harness.report import figure, look, markdown, origins, save, spread_of, write
+from benchmarks.harness.store import Record, records_of
 
 DENSE = "dense"
+VALID = "valid"
+"""The text that learning rates are chosen on: the end of the training text, which no run trains on."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,18 @@ class Point:
     cut: bool
 
 
-def report(folder: Path, *, as_json: bool) -> str:
-    """Write the tables, their numbers and the plot into the folder; the tables (or numbers) as text.
+def report(place: Path, *, as_json: bool) -> str:
+    """Write the tables, their numbers and the plot; the tables (or numbers) as text.
+
+    Args:
+        place: folder of results, or a file that holds runs.
+        as_json: answer the numbers.
 
     Raises:
-        UserError: if there is no run in the folder, or it cannot be written.
+        UserError: if there is no run, or the folder cannot be written.
     """
-    results = list(Store(folder).all().values())
-    groups: dict[str, list[Result]] = {}
+    results = list(records_of(place).values())
+    groups: dict[str, list[Record]] = {}
     for result in results:
         groups.setdefault(_budget(result), []).append(result)
     curves = {title: curves_of(group) for title, group in groups.items()}
@@ -69,51 +73,55 @@ def report(folder: Path, *, as_json: bool) -> str:
         for title, found in curves.items()
     }
     text = "\n".join(lines)
-    summary = write(folder, text, numbers)
-    _plot(curves, folder)
+    summary = write(place, text, numbers)
+    _plot(curves, place)
     return summary if as_json else text
 
 
-def _budget(result: Result) -> str:
+def _budget(result: Record) -> str:
     """What runs must share to be compared."""
-    run = result["run"]
-    budget = run["budget"]
-    tokens = budget["tokens"] // budget["batch_tokens"] * budget["batch_tokens"]
+    job = result["job"]
+    about = job["about"]
+    budget = about["budget"]
     parts = [
-        run["model"],
-        f"{tokens:,} tokens of {run['texts']['train']}",
+        job["model"],
+        f"{job['steps'] * budget['batch_tokens']:,} tokens of {about['texts']['train']}",
         f"context {budget['context']}, {budget['batch_tokens']} tokens a step",
-        "bfloat16 autocast" if run["bf16"] else "float32",
-        f"{run['windows']} windows a text",
+        "bfloat16 autocast" if job["autocast"] else "float32",
+        f"{about['windows']} windows a text",
     ]
     return ", ".join(parts)
 
 
-def label_of(run: Mapping[str, Any]) -> str:
+def label_of(job: Mapping[str, Any]) -> str:
     """The method, and what was changed of it."""
-    title = METHODS[run["method"]].title if run["method"] in METHODS else run["method"]
-    changed = ", ".join(f"{name}={value}" for name, value in sorted(run["settings"].items()))
+    title = METHODS[job["method"]].title if job["method"] in METHODS else job["method"]
+    changed = ", ".join(f"{name}={value}" for name, value in sorted(job["settings"].items()))
     return f"{title} ({changed})" if changed else title
+
+
+def _trained_for(job: Mapping[str, Any]) -> float | None:
+    """The sparsity that the job alone is for; None: it has one run for all."""
+    return job["sparsity"][0] if METHODS[job["method"]].each else None
 
 
 Curves = dict[str, dict[str, list[Point]]]
 """Points by label and text."""
 
 
-def curves_of(results: Sequence[Result]) -> Curves:
+def curves_of(results: Sequence[Record]) -> Curves:
     """Points of every method, with the learning rate chosen for each run that it needs."""
     order = list(METHODS)
     place = {method: number for number, method in enumerate(order)}
     found: Curves = {}
-    keys: dict[tuple[str, float | None], list[Result]] = {}
-    for result in sorted(results, key=lambda r: place.get(r["run"]["method"], len(order))):
-        run = result["run"]
-        keys.setdefault((label_of(run), run["sparsity"]), []).append(result)
+    keys: dict[tuple[str, float | None], list[Record]] = {}
+    for result in sorted(results, key=lambda r: place.get(r["job"]["method"], len(order))):
+        keys.setdefault((label_of(result["job"]), _trained_for(result["job"])), []).append(result)
     for (label, _), group in keys.items():
         chosen = best_lr(group)
         if chosen is None:
             continue
-        own = [result for result in group if result["run"]["lr"] == chosen and not result["failed"]]
+        own = [result for result in group if result["job"]["lr"] == chosen and not result["failed"]]
         for text, asked in dict.fromkeys((row["text"], row["asked"]) for r in own for row in r["rows"]):
             point = _point(own, text, asked, chosen)
             if point is not None:
@@ -124,21 +132,21 @@ def curves_of(results: Sequence[Result]) -> Curves:
     return found
 
 
-def best_lr(group: Sequence[Result]) -> float | None:
+def best_lr(group: Sequence[Record]) -> float | None:
     """The learning rate with the lowest mean log perplexity on ``valid``; of those with most seeds that trained."""
     scores: dict[float, list[float]] = {}
     for result in group:
         rows = [r for r in result["rows"] if r["text"] == VALID and r["asked"] is not None and "perplexity" in r]
         if rows and not result["failed"]:
             mean = statistics.mean(math.log(row["perplexity"]) for row in rows)
-            scores.setdefault(result["run"]["lr"], []).append(mean)
+            scores.setdefault(result["job"]["lr"], []).append(mean)
     if not scores:
         return None
     # A rate that was tried on some seeds only may have been lucky with them.
     return min(scores, key=lambda lr: (-len(scores[lr]), statistics.mean(scores[lr])))
 
 
-def _point(results: Iterable[Result], text: str, asked: float | None, lr: float) -> Point | None:
+def _point(results: Iterable[Record], text: str, asked: float | None, lr: float) -> Point | None:
     rows, cut = [], False
     for result in results:
         rows += [r for r in result["rows"] if (r["text"], r["asked"]) == (text, asked) and "perplexity" in r]
@@ -165,12 +173,12 @@ def table(curves: Curves, text: str) -> list[str]:
     return markdown(["method", "lr", *(f"{share:.0%}" for share in shares)], rows)
 
 
-def _own_settings(group: Sequence[Result], text: str) -> list[str]:
+def _own_settings(group: Sequence[Record], text: str) -> list[str]:
     """Points at settings of a method's own, whatever sparsity comes of them, and sparsities out of reach."""
     lines = []
     for result in group:
-        run = result["run"]
-        name = f"{label_of(run)}, lr {run['lr']:g}, seed {run['seed']}"
+        job = result["job"]
+        name = f"{label_of(job)}, lr {job['lr']:g}, seed {job['seed']}"
         for row in result["rows"]:
             if row["text"] != text:
                 continue
@@ -189,7 +197,7 @@ def _cell(point: Point, dense: float | None) -> str:
     return f"{point.perplexity:.2f}{spread}{ratio}{other}{' †' if point.cut else ''}"
 
 
-def _about(group: Sequence[Result]) -> list[str]:
+def _about(group: Sequence[Record]) -> list[str]:
     """Where the numbers come from."""
     lines = [
         *(f"- {key}: {'; '.join(texts)}" for key, texts in origins(group).items()),
@@ -203,25 +211,24 @@ def _about(group: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _runs(group: Sequence[Result]) -> list[str]:
+def _runs(group: Sequence[Record]) -> list[str]:
     rows = []
     for result in group:
-        run, training = result["run"], result["training"]
-        share = "" if run["sparsity"] is None else f" {run['sparsity']:.0%}"
-        rest = max(0.0, result["seconds"] - result["evaluation_seconds"] - training["seconds"])
-        name = f"{label_of(run)}{share}, lr {run['lr']:g}, seed {run['seed']}"
-        cells = [
-            f"{training['tokens']:,}",
-            f"{training['tokens_per_second'] or 0:,.0f}",
-            f"{training['seconds']:.1f} s",
-        ]
-        cells += [f"{rest:.1f} s", f"{result['evaluation_seconds']:.1f} s", result["failed"] or ""]
+        job, training = result["job"], result["training"]
+        only = _trained_for(job)
+        share = "" if only is None else f" {only:.0%}"
+        name = f"{label_of(job)}{share}, lr {job['lr']:g}, seed {job['seed']}"
+        evaluation = result["evaluation_seconds"]
+        rest = None if evaluation is None else max(0.0, result["seconds"] - evaluation - training["seconds"])
+        cells = [f"{training['tokens']:,}", f"{training['tokens_per_second'] or 0:,.0f}"]
+        cells += ["" if seconds is None else f"{seconds:.1f} s" for seconds in (training["seconds"], rest, evaluation)]
+        cells.append(result["failed"] or "")
         rows.append([name, *cells])
     head = ["run", "tokens", "tokens/s", "training", "conversion and all else", "evaluation", ""]
     return markdown(head, rows)
 
 
-def _plot(curves: Mapping[str, Curves], folder: Path) -> None:
+def _plot(curves: Mapping[str, Curves], place: Path) -> None:
     """A panel for each budget and text."""
     panels = [
         (found, text) for found in curves.values() for text in dict.fromkeys(t for by in found.values() for t in by)
@@ -233,14 +240,10 @@ def _plot(curves: Mapping[str, Curves], folder: Path) -> None:
     shown: dict[str, Any] = {}
     for axes, (found, text) in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, by in found.items():
-            style = {
-                "color": f"C{labels.index(label) % 10}",
-                "linestyle": ("-", "--", ":")[labels.index(label) // 10 % 3],
-            }
-            shown.setdefault(label, _line(axes, label, by.get(text, []), style))
+            shown.setdefault(label, _line(axes, label, by.get(text, []), look(labels.index(label))))
         axes.set(title=text, xlabel="inactive share of FFN neurons (%)", ylabel="perplexity", yscale="log")
     drawn.legend(handles=list(shown.values()), loc="outside right upper", fontsize="small")
-    save(drawn, folder)
+    save(drawn, place)
 
 
 def _line(axes: Any, label: str, points: Sequence[Point], style: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""benchmarks/generation.py with a tiny Llama and made-up restaurants: every method, scores now or later, refusals."""
+"""E2E with a tiny Llama and made-up restaurants: every method, scores now or later, refusals."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import pytest
 import torch
 from tiny_llama import save_tiny_llama
 
-from benchmarks import generation
-from benchmarks.common.store import Store
+from benchmarks.harness import Trained
+from benchmarks.harness.kept import load_tensors
+from benchmarks.harness.knobs import Constant, TauKnob
+from benchmarks.harness.store import records_of
 from benchmarks.tasks import e2e
-from benchmarks.tasks.methods import METHODS
+from benchmarks.tasks.rows import METHODS
 from torch_prunepath import record_sparsity, register_routing_hook, set_tau, sparsify
 from torch_prunepath.console.errors import UserError
 
@@ -45,7 +47,7 @@ def call(model: Path, data: Path) -> Callable[..., int]:
     def run(output: Path, *options: Any) -> int:
         given = ["--model", model, "--data", data, "-o", output, "--device", "cpu", "--batch", 8, "--quiet"]
         given += ["--new-tokens", 6, "--eval-batch", 3, "--commit", "test", *options]
-        return generation.main(["run", *map(str, given)])
+        return e2e.main(["run", *map(str, given)])
 
     return run
 
@@ -65,34 +67,34 @@ def test_every_method_from_run_to_report(
     done = json.loads(capsys.readouterr().out)
     assert len(done["done"]) == len(METHODS)
     assert call(output, *settings) == 0
-    assert json.loads(capsys.readouterr().out) == {"done": [], "skipped": done["done"]}
+    assert json.loads(capsys.readouterr().out) == {"done": [], "before": done["done"], "elsewhere": [], "left": []}
 
-    for run in Store(output).all().values():
-        (point,) = run["points"]
-        assert point["report"]["sparsity"] == pytest.approx(point["target"], abs=0.1), run["config"]["method"]
+    for run in records_of(output).values():
+        (point,) = run["rows"]
+        assert point["report"]["sparsity"] == pytest.approx(point["asked"], abs=0.1), run["job"]["method"]
         assert len(point["generated"]) == point["report"]["meanings"] == 5
         assert 0 <= point["report"]["bleu"] <= 100 and 0 <= point["report"]["rouge_l"] <= 1
         assert point["select"]["score"] == -point["select"]["loss"]
         assert {"rouge_score", "sacrebleu"} <= run["versions"].keys()
-    assert generation.main(["report", str(output), "--json"]) == 0
+    assert e2e.main(["report", str(output), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert {row["method"] for row in rows} == set(METHODS)
     assert all(row["metrics"].keys() == {"bleu", "rouge_l"} for row in rows)
     assert (output / "report.png").stat().st_size > 1000
 
 
 def test_half_a_pass_in_bfloat16(call: Callable[..., int], task: e2e.E2ETask, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert call(output, "--methods", "d2dmoe", "--sparsity", 0.5, "--epochs", 0.5, "--bf16") == 0
+    assert call(output, "--methods", "d2dmoe-held", "--sparsity", 0.5, "--epochs", 0.5, "--bf16") == 0
     steps = -(-len(task.batches(0)) // 2)
-    runs = {run["config"]["method"]: run for run in Store(output).all().values()}
-    assert runs.keys() == {"dense", "d2dmoe"}
+    runs = {run["job"]["method"]: run for run in records_of(output).values()}
+    assert runs.keys() == {"dense", "d2dmoe-held"}
     for run in runs.values():
-        assert run["config"]["steps"] == steps > 1
+        assert run["job"]["steps"] == steps > 1
         assert sum(stage["config"]["steps"] for stage in run["stages"]) == steps
         assert all(stage["config"]["autocast"] for stage in run["stages"])
-    assert len(runs["d2dmoe"]["stages"]) == 2 and "hoyer" in runs["d2dmoe"]["stages"][0]["last_tenth"]
-    weights = torch.load(next((output / "dense").iterdir()), weights_only=True)
+    assert len(runs["d2dmoe-held"]["stages"]) == 2 and "hoyer" in runs["d2dmoe-held"]["stages"][0]["last_tenth"]
+    weights, _ = load_tensors(next((output / "cache").glob("dense-*.safetensors")))
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
@@ -103,33 +105,33 @@ def test_scores_can_be_had_later(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = ("--methods", "static", "--sparsity", 0.5, "--steps", 3, "--seeds", 0)
+    asked = ("--methods", "static-norm", "--sparsity", 0.5, "--steps", 3, "--seeds", 0)
     now, later = tmp_path / "now", tmp_path / "later"
     assert call(now, *asked) == 0
     with monkeypatch.context() as without:
         without.setattr(e2e, "can_score", lambda: False)
         assert call(later, *asked) == 0
-        assert all("bleu" not in p["report"] for r in Store(later).all().values() for p in r["points"])
+        assert all("bleu" not in p["report"] for r in records_of(later).values() for p in r["rows"])
         capsys.readouterr()
-        assert generation.main(["report", str(later)]) == 2
+        assert e2e.main(["report", str(later)]) == 2
         assert "--data" in capsys.readouterr().err
-        assert generation.main(["report", str(later), "--data", str(data)]) == 2
+        assert e2e.main(["report", str(later), "--data", str(data)]) == 2
         assert "pip install rouge-score sacrebleu" in capsys.readouterr().err
-    assert generation.main(["report", str(later), "--data", str(data)]) == 0
-    points = [[run["points"] for run in Store(folder).all().values()] for folder in (now, later)]
+    assert e2e.main(["report", str(later), "--data", str(data)]) == 0
+    points = [[run["rows"] for run in records_of(folder).values()] for folder in (now, later)]
     assert points[0] == points[1]
     capsys.readouterr()
     # Scored once, and kept.
-    assert generation.main(["report", str(later)]) == 0
+    assert e2e.main(["report", str(later)]) == 0
     assert "rouge_l" in capsys.readouterr().out
 
 
 def test_texts_of_other_data_are_not_scored() -> None:
-    run = {"versions": {}, "points": [{"report": {}, "generated": {"name : A": "A is ."}}]}
+    run = {"versions": {}, "rows": [{"report": {}, "generated": {"name : A": "A is ."}}]}
     with pytest.raises(UserError, match="made with other data"):
         e2e.score_run(run, {"name : B": ["B is ."]})
     assert e2e.score_run(run, {"name : A": ["A is ."], "name : B": ["B ."]})
-    assert run["points"][0]["report"]["rouge_l"] == 1.0  # type: ignore[index]
+    assert run["rows"][0]["report"]["rouge_l"] == 1.0  # type: ignore[index]
     assert not e2e.score_run(run, {})
 
 
@@ -185,7 +187,7 @@ def test_the_loss_counts_the_reference_and_its_end(task: e2e.E2ETask) -> None:
             for position, label in enumerate(row["labels"][1:]):
                 if label != e2e.IGNORED:
                     total, labels = total - float(logits[position, label]), labels + 1
-    assert task._loss(model, sparse=False)["loss"] == pytest.approx(total / labels, rel=1e-4)
+    assert task._loss(Trained(model, Constant(0.0)))["loss"] == pytest.approx(total / labels, rel=1e-4)
 
 
 def test_batches_of_one_shape_lose_the_same_as_others(task: e2e.E2ETask) -> None:
@@ -201,13 +203,25 @@ def test_batches_of_one_shape_lose_the_same_as_others(task: e2e.E2ETask) -> None
 
 
 def test_a_compiled_run_gives_what_an_eager_one_gives(call: Callable[..., int], tmp_path: Path) -> None:
-    asked = ("--methods", "ours", "lte", "--sparsity", 0.5, "--steps", 4, "--meanings", 2, "--set", "expert_size=8")
+    asked = (
+        "--methods",
+        "held",
+        "lte-held",
+        "--sparsity",
+        0.5,
+        "--steps",
+        4,
+        "--meanings",
+        2,
+        "--set",
+        "expert_size=8",
+    )
     asked += ("--set", "fit_tokens=10000")  # all, for a sample of longer rows has other tokens
     losses: dict[str, list[float]] = {}
     for name, how in (("eager", ()), ("compiled", ("--compile", "aot_eager"))):
         assert call(tmp_path / name, *asked, *how) == 0
-        runs = sorted(Store(tmp_path / name).all().values(), key=lambda run: str(run["config"]["method"]))
-        losses[name] = [run["points"][0]["select"]["loss"] for run in runs]
+        runs = sorted(records_of(tmp_path / name).values(), key=lambda run: str(run["job"]["method"]))
+        losses[name] = [run["rows"][0]["select"]["loss"] for run in runs]
         assert {stage["compiled"] for run in runs for stage in run["stages"]} == {how[-1] if how else None}
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-3)
 
@@ -239,21 +253,21 @@ def test_sparsity_is_that_of_prompts_and_texts_without_padding(task: e2e.E2ETask
             with record_sparsity(model) as record:
                 model(torch.tensor([ids]), use_cache=False)
             expected, tokens = expected + record.sparsity * len(ids), tokens + len(ids)
-    found = task._sparsity(model, texts)
+    found = task._sparsity(Trained(model, TauKnob(model)), texts)
     assert found == pytest.approx(expected / tokens, rel=1e-5) and 0.05 < found < 0.95
     with register_routing_hook(model, lambda routing: torch.ones_like(routing.mask_TE)):
-        assert task._sparsity(model, texts) == 0.0
+        assert task._sparsity(Trained(model, TauKnob(model)), texts) == 0.0
 
 
 def test_a_little_training_teaches_the_form(call: Callable[..., int], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    options = ("--methods", "ours", "--sparsity", 0.5, "--steps", 60, "--dense-lr", 5e-3, "--lr", 2e-3)
+    options = ("--methods", "held", "--sparsity", 0.5, "--steps", 60, "--dense-lr", 5e-3, "--lr", 2e-3)
     assert call(output, *options, "--new-tokens", 24) == 0
     found = {}
-    for run in Store(output).all().values():
-        found[run["config"]["method"]] = run["points"][0]
+    for run in records_of(output).values():
+        found[run["job"]["method"]] = run["rows"][0]
     assert found["dense"]["select"]["loss"] < 2.0, "an untrained model is at 6"
-    assert found["ours"]["select"]["loss"] < 3.0
+    assert found["held"]["select"]["loss"] < 3.0
     assert found["dense"]["report"]["rouge_l"] > 0.2
 
 
@@ -267,8 +281,8 @@ def test_a_little_training_teaches_the_form(call: Callable[..., int], tmp_path: 
         (("--meanings", -1), "--meanings -1 must be positive"),
         (("--sparsity", 0.0), "outside (0, 1)"),
         (("--set", "hoyer"), "says no value"),
-        (("--methods", "static", "--set", "hoyer=1"), "no method has hoyer"),
-        (("--methods", "lte", "--steps", 1), "both stages need a step"),
+        (("--methods", "static-norm", "--set", "hoyer=1"), "no method has hoyer"),
+        (("--methods", "lte-held", "--steps", 1), "both stages need a step"),
         (("--model", "/nowhere.gguf"), "there is no model"),
     ],
 )

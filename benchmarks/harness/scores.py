@@ -1,4 +1,4 @@
-"""What the runs of a task benchmark say: a table, a plot and the same as JSON.
+"""The report of runs that measure scores on two halves: a table, a plot and the same as JSON.
 
 Of several runs that differ in learning rates or settings, the one is reported that the selection half prefers, for each
 seed by itself; runs of different length are reported apart. Where halves are alike, both can be reported, each with the
@@ -11,15 +11,15 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import figure, origins, save, spread_of, write
-from benchmarks.common.store import Run, Store
-from benchmarks.tasks.methods import METHODS
+from benchmarks.harness.methods import METHODS
+from benchmarks.harness.report import figure, origins, save, spread_of, write
+from benchmarks.harness.store import Record
+from benchmarks.harness.task import Row
 from torch_prunepath.console.errors import UserError
 from torch_prunepath.console.report import aligned
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Halves:
         return [("select", "report"), ("report", "select")] if self.both else [("select", "report")]
 
 
-Found = tuple[Row, Run]
+Found = tuple[Row, Record]
 """What a half says, and the run that it says it of."""
 
 
-def rows_of(runs: Mapping[str, Run], metrics: Sequence[str], halves: Halves = Halves()) -> list[Row]:
+def rows_of(runs: Mapping[str, Record], metrics: Sequence[str], halves: Halves = Halves()) -> list[Row]:
     """One row a task, method, target and length: mean, least and largest of each metric over seeds.
 
     Args:
@@ -58,10 +58,11 @@ def rows_of(runs: Mapping[str, Run], metrics: Sequence[str], halves: Halves = Ha
     _check_alike(runs)
     points: dict[tuple[Any, ...], list[Found]] = {}
     for run in runs.values():
-        config = run["config"]
-        for point in run["points"]:
-            key = (config["task"], config["method"], point["target"], config["steps"], config["seed"])
-            points.setdefault(key, []).append((point, run))
+        job = run["job"]
+        for row in run["rows"]:
+            if "select" in row and row["asked"] is not None:
+                key = (job["task"], job["method"], row["asked"], job["steps"], job["seed"])
+                points.setdefault(key, []).append((row, run))
     if not points:
         raise UserError("no run has ended well: see the runs' files, and run again with smaller learning rates")
     groups: dict[tuple[Any, ...], list[list[Found]]] = {}
@@ -75,15 +76,15 @@ def _chosen(rivals: Sequence[Found], halves: Halves, by: str, shown: str) -> Fou
     return point[shown], run
 
 
-def _check_alike(runs: Mapping[str, Run]) -> None:
+def _check_alike(runs: Mapping[str, Record]) -> None:
     first: dict[tuple[str, str], tuple[str, Any]] = {}
     for name, run in runs.items():
-        for what in ("weights", "data"):
-            config = run["config"]
-            other, value = first.setdefault((config["task"], what), (name, config[what]))
-            if value != config[what]:
+        job = run["job"]
+        for what, mine in (("weights", job["weights"]), ("data", job["about"]["data"])):
+            other, value = first.setdefault((job["task"], what), (name, mine))
+            if value != mine:
                 kind = "models" if what == "weights" else "data, or data that were cut otherwise"
-                raise UserError(f"{other} and {name} are of different {kind}: keep each in a folder of its own")
+                raise UserError(f"{other} and {name} are of different {kind}: keep each in a place of its own")
 
 
 def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -95,7 +96,7 @@ def _row(
     task: str, method: str, target: float, steps: int, members: Sequence[Sequence[Found]], metrics: Sequence[str]
 ) -> Row:
     halves = [[half for half, _ in found] for found in members]
-    configs = [run["config"] for found in members for _, run in found]
+    jobs = [run["job"] for found in members for _, run in found]
     spreads: dict[str, Any] = {}
     for metric in metrics:
         if all(half.get(metric) is not None for found in halves for half in found):
@@ -106,9 +107,9 @@ def _row(
         "target": target,
         "steps": steps,
         "realised_sparsity": statistics.fmean(_over_rows(found, "sparsity") for found in halves),
-        "seeds": [found[0][1]["config"]["seed"] for found in members],
-        "lr": [config["lr"] for config in configs],
-        "fields": [config["fields"] for config in configs],
+        "seeds": [found[0][1]["job"]["seed"] for found in members],
+        "lr": [job["lr"] for job in jobs],
+        "settings": [job["settings"] for job in jobs],
         "metrics": spreads,
     }
 
@@ -137,15 +138,15 @@ def _cells(row: Row, shown: Sequence[str], scale: Mapping[str, float]) -> tuple[
             continue
         half = (found["most"] - found["least"]) / 2 * scale.get(metric, 1.0)
         values.append(f"{found['mean'] * scale.get(metric, 1.0):.2f}" + (f" +-{half:.2f}" if half else ""))
-    settings = {" ".join(f"{k}={v}" for k, v in fields.items()) for fields in row["fields"]}
+    settings = {" ".join(f"{k}={v}" for k, v in fields.items()) for fields in row["settings"]}
     about = (f"{row['target']:.0%}", f"{row['realised_sparsity']:.1%}", str(row["steps"]), str(len(row["seeds"])))
     rates = ",".join(f"{lr:g}" for lr in dict.fromkeys(row["lr"]))
     return (row["task"], row["method"], *about, *values, rates, " | ".join(sorted(settings)))
 
 
 def write_report(
-    store: Store,
-    runs: Mapping[str, Run],
+    place: Path,
+    runs: Mapping[str, Record],
     metrics: Sequence[str],
     scale: Mapping[str, float],
     halves: Halves = Halves(),
@@ -157,17 +158,24 @@ def write_report(
     """
     rows = rows_of(runs, metrics, halves)
     lines = table(rows, metrics, scale)
-    failed = {name: run["failed"] for name, run in runs.items() if "failed" in run}
+    failed = {name: run["failed"] for name, run in runs.items() if run["failed"]}
+    missing = [
+        f"{name}: {row['asked']:.0%} is out of reach, {row['unreachable']}"
+        for name, run in runs.items()
+        for row in run["rows"]
+        if "unreachable" in row
+    ]
     about = origins(runs.values())
-    plot = _plot(rows, metrics, scale, store)
+    plot = _plot(rows, metrics, scale, place)
     results = {"rows": rows, "both_halves": halves.both, "failed": failed, **about, "plot": plot}
     notes = [f"{key}: {'; '.join(values)}" for key, values in about.items()]
     notes += [f"failed: {name}: {reason}" for name, reason in failed.items()]
-    write(store.output, "\n".join(["```", *lines, "```", "", *(f"- {note}" for note in notes)]), results)
+    notes += missing
+    write(place, "\n".join(["```", *lines, "```", "", *(f"- {note}" for note in notes)]), results)
     return results, "\n".join([*lines, "", *notes])
 
 
-def _plot(rows: Sequence[Row], metrics: Sequence[str], scale: Mapping[str, float], store: Store) -> str | None:
+def _plot(rows: Sequence[Row], metrics: Sequence[str], scale: Mapping[str, float], place: Path) -> str | None:
     """A picture a task and metric; None, and a line that says how to get it, where matplotlib is missing."""
     panels = sorted({(row["task"], row["steps"], metric) for row in rows for metric in row["metrics"]})
     if not panels:
@@ -182,7 +190,7 @@ def _plot(rows: Sequence[Row], metrics: Sequence[str], scale: Mapping[str, float
         _draw(axes, chosen, metric, scale.get(metric, 1.0))
         axes.set(title=f"{task}, {steps} steps", xlabel="inactive share of FFN neurons (%)", ylabel=metric)
         axes.legend(fontsize="x-small")
-    return save(drawn, store.output)
+    return save(drawn, place)
 
 
 def _draw(axes: Any, rows: Sequence[Row], metric: str, scale: float) -> None:

@@ -12,20 +12,21 @@ import pytest
 import torch
 from tiny_llama import byte_tokenizer, save_tiny_llama, save_tiny_texts, tiny_llama
 
-from benchmarks.adaptation import job, report
-from benchmarks.adaptation.__main__ import main
-from benchmarks.adaptation.material import spread, tokenise
-from benchmarks.adaptation.measure import TOLERANCE, TauKnob, Unreachable, run
-from benchmarks.adaptation.methods import METHODS
-from benchmarks.common.store import Store
+from benchmarks.harness import METHODS, Store
+from benchmarks.harness.curves import report
+from benchmarks.harness.knobs import TOLERANCE, TauKnob
+from benchmarks.harness.task import Unreachable
+from benchmarks.harness.texts import spread, tokenise
+from benchmarks.tasks import books
+from benchmarks.tasks.books import BooksTask, main
 from torch_prunepath import SparsifyConfig, densify, sparsify
 from torch_prunepath.evaluation.models import load_model
-from torch_prunepath.evaluation.perplexity import perplexity
-from torch_prunepath.sparsity import record_sparsity
+from torch_prunepath.sparsity import measure_sparsity
 from torch_prunepath.train.compiling import compiled_blocks
 
 STEPS, CONTEXT, BATCH_TOKENS = 8, 32, 128
-ROUTED = [name for name in METHODS if METHODS[name].own and name != "teal"]
+BOOKS = {name: method for name, method in METHODS.items() if method.fits(BooksTask)}
+ROUTED = [name for name, method in BOOKS.items() if method.own and name != "teal"]
 Runner = Callable[..., tuple[int, str, str]]
 Result = dict[str, Any]
 
@@ -66,7 +67,7 @@ def results_of(folder: Path) -> list[Result]:
 def everything(place: Path) -> Path:
     """Every method, run once."""
     small = [part for method in ROUTED for part in ("--set", f"{method}:expert_size=4")]
-    assert main(arguments(place, "--sparsity", 0.5, 0.8, *small, "-o", place / "everything")) == 0
+    assert main(arguments(place, "--methods", *BOOKS, "--sparsity", 0.5, 0.8, *small, "-o", place / "everything")) == 0
     return place / "everything"
 
 
@@ -75,31 +76,44 @@ def everything(place: Path) -> Path:
 
 def test_every_method_gives_its_runs_with_equal_budgets(everything: Path) -> None:
     results = results_of(everything)
-    expected = {(name, share) for name in METHODS for share in ((0.5, 0.8) if METHODS[name].per_sparsity else (None,))}
-    assert {(r["run"]["method"], r["run"]["sparsity"]) for r in results} == expected
+    shares = {name: [(0.5,), (0.8,)] if method.each else [(0.5, 0.8)] for name, method in BOOKS.items()} | {
+        "dense": [()]
+    }
+    expected = {(name, share) for name in BOOKS for share in shares[name]}
+    assert {(r["job"]["method"], tuple(r["job"]["sparsity"])) for r in results} == expected
     assert {r["training"]["tokens"] for r in results} == {STEPS * BATCH_TOKENS}
     assert {len(r["history"]) for r in results} == {STEPS}
-    assert all(sum(stage["steps"] for stage in r["stages"]) == STEPS for r in results)
+    assert all(sum(stage["config"]["steps"] for stage in r["stages"]) == STEPS for r in results)
     assert all(r["failed"] is None and not r["training"]["cut"] for r in results)
-    assert len({json.dumps(r["run"]["texts"]) for r in results}) == 1
+    assert len({json.dumps(r["job"]["about"]) for r in results}) == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BOOKS)
 def test_rows_hold_what_was_asked(everything: Path, method: str) -> None:
-    found = [r for r in results_of(everything) if r["run"]["method"] == method]
+    found = [r for r in results_of(everything) if r["job"]["method"] == method]
     rows = [row for result in found for row in result["rows"] if row["asked"] is not None]
     shares = (0.0,) if method == "dense" else (0.5, 0.8)
     assert sorted((row["text"], row["asked"]) for row in rows) == [(t, s) for t in ("test", "valid") for s in shares]
     # Fixed numbers of experts are coarse here; thresholds and the D2DMoE routers come from other text.
     near = 0.02 if method.startswith(("moefication", "static", "dense")) else 0.04
-    if method in ("ours", "held", "routers", "lora", "lte", "lte-held", "prunepath", "d2dmoe-cumulative"):
+    if method in (
+        "ours",
+        "held",
+        "routers",
+        "lora",
+        "lte",
+        "lte-held",
+        "prunepath",
+        "d2dmoe-cumulative",
+        "d2dmoe-held",
+    ):
         near = 0.01
     assert all(abs(row["sparsity"] - row["asked"]) <= near for row in rows)
     assert all(math.isfinite(row["perplexity"]) and row["perplexity"] > 1 for row in rows)
 
 
 def test_training_helps(everything: Path) -> None:
-    (dense,) = [r for r in results_of(everything) if r["run"]["method"] == "dense"]
+    (dense,) = [r for r in results_of(everything) if r["job"]["method"] == "dense"]
     losses = [record["task"] for record in dense["history"]]
     assert losses[-1] < losses[0] - 0.2
 
@@ -107,23 +121,23 @@ def test_training_helps(everything: Path) -> None:
 def test_the_records_say_where_they_come_from(everything: Path) -> None:
     for result in results_of(everything):
         assert result["hardware"]["cpu"] and result["versions"]["torch"] == str(torch.__version__)
-        assert result["command_line"].startswith("python -m benchmarks.adaptation run --model")
-        assert result["seconds"] >= result["training"]["seconds"] > 0 or result["run"]["method"] in ("cats", "teal")
+        assert result["command_line"].startswith("python -m benchmarks books run --model")
+        assert result["seconds"] >= result["training"]["seconds"] > 0 or result["job"]["method"] in ("cats", "teal")
         assert result["training"]["tokens_per_second"] > 0
 
 
 def test_settings_of_the_authors_are_measured_as_well(everything: Path) -> None:
-    own = {r["run"]["method"]: [x for x in r["rows"] if x["asked"] is None] for r in results_of(everything)}
+    own = {r["job"]["method"]: [x for x in r["rows"] if x["asked"] is None] for r in results_of(everything)}
     assert {(row["setting"], row["tau"]) for row in own["lte"]} == {("as published", 0.5)}
     assert {(row["setting"], row["tau"]) for row in own["prunepath"]} == {("as trained", 0.95)}
     assert not own["ours"] and not own["static-norm"]
 
 
 def test_the_dense_model_is_trained_once_for_all_that_begin_with_it(everything: Path) -> None:
-    histories = {r["run"]["method"]: r["history"] for r in results_of(everything)}
+    histories = {r["job"]["method"]: r["history"] for r in results_of(everything)}
     assert histories["dense"] == histories["cats"] == histories["teal"]
-    (dense,) = [r for r in results_of(everything) if r["run"]["method"] == "dense"]
-    (cats,) = [r for r in results_of(everything) if r["run"]["method"] == "cats"]
+    (dense,) = [r for r in results_of(everything) if r["job"]["method"] == "dense"]
+    (cats,) = [r for r in results_of(everything) if r["job"]["method"] == "cats"]
     worst = max(row["perplexity"] for row in cats["rows"] if row["text"] == "test")
     assert worst > next(row["perplexity"] for row in dense["rows"] if row["text"] == "test")
 
@@ -193,12 +207,12 @@ def test_recipes_change_without_code(command: Runner, tmp_path: Path) -> None:
     assert code == 0, err
     held, static = results_of(tmp_path)
     assert all(record["distill_logits"] >= 0 for result in (held, static) for record in result["history"])
-    (stage,) = held["stages"]
+    stage, other = (result["stages"][0]["config"] for result in (held, static))
     assert [(p["kind"], p["first"], p["last"], p["share"]) for p in stage["phases"]] == [
         ("sparsity", 0.0, 0.7, 1.0),
         ("sparsity", 0.7, 0.7, 3.0),
     ]
-    assert stage["weight_decay"] == static["stages"][0]["weight_decay"] == 0.5
+    assert stage["weight_decay"] == other["weight_decay"] == 0.5
     assert [round(record["target"], 3) for record in held["history"]] == [0.0, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
 
 
@@ -227,7 +241,7 @@ def test_d2dmoe_can_leave_steps_for_training_the_experts(command: Runner, tmp_pa
         tmp_path,
     )
     (result,) = results_of(tmp_path)
-    assert [stage["steps"] for stage in result["stages"]] == [4, 4]
+    assert [stage["config"]["steps"] for stage in result["stages"]] == [4, 4]
     assert result["training"]["tokens"] == STEPS * BATCH_TOKENS
     assert all(0.4 <= record["target"] <= 0.6 for record in result["history"][4:])
 
@@ -236,7 +250,7 @@ def test_a_step_may_be_cut_into_batches_that_share_the_targets_out(command: Runn
     command("--methods", "ours", "--set", "expert_size=4", "--set", "accumulation=2", "-o", tmp_path / "two")
     command("--methods", "ours", "--set", "expert_size=4", "-o", tmp_path / "one")
     (two,), (one,) = results_of(tmp_path / "two"), results_of(tmp_path / "one")
-    assert two["stages"][0]["accumulation"] == 2
+    assert two["stages"][0]["config"]["accumulation"] == 2
     assert two["training"]["tokens"] == one["training"]["tokens"] and len(two["history"]) == STEPS
     # The mean of a low and a high target of 0.5 to 0.9.
     assert all(0.6 <= record["target"] <= 0.8 for record in two["history"][1:])
@@ -244,10 +258,10 @@ def test_a_step_may_be_cut_into_batches_that_share_the_targets_out(command: Runn
 
 
 def test_lte_holds_a_sparsity_in_its_second_stage(everything: Path) -> None:
-    found = [r for r in results_of(everything) if r["run"]["method"] == "lte-held"]
+    found = [r for r in results_of(everything) if r["job"]["method"] == "lte-held"]
     for result in found:
         targets = [record.get("target") for record in result["history"]]
-        assert targets == [None] * (STEPS // 2) + [result["run"]["sparsity"]] * (STEPS // 2)
+        assert targets == [None] * (STEPS // 2) + [result["job"]["sparsity"][0]] * (STEPS // 2)
 
 
 @pytest.mark.parametrize("method", ["routers", "lora"])
@@ -255,7 +269,7 @@ def test_adapters_leave_weights_alone_unless_lora_changes_them(
     command: Runner, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     models = []
-    monkeypatch.setattr(job.Job, "measure", lambda self, adapted: models.append(adapted.model) or [])
+    monkeypatch.setattr(BooksTask, "evaluate", lambda self, trained, shares: models.append(trained.model) or [])
     command("--methods", method, "--set", "expert_size=4", "-o", tmp_path)
     command("--methods", method, "--set", "expert_size=4", "--tokens", BATCH_TOKENS, "-o", tmp_path / "short")
     routers = [[p for name, p in model.named_parameters() if "router" in name] for model in models]
@@ -331,23 +345,17 @@ def test_tokens_of_chunks_are_those_of_the_text() -> None:
 def test_the_held_out_part_is_trained_on_by_nobody(
     command: Runner, place: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    seen = []
-    make = job.Material
-    monkeypatch.setattr("benchmarks.adaptation.runs.Material", lambda settings: seen.append(make(settings)) or seen[-1])
+    seen: list[BooksTask] = []
+    make = books.task_of
+    monkeypatch.setattr(books, "task_of", lambda arguments: seen.append(make(arguments)) or seen[-1])
     command("--methods", "dense", "-o", tmp_path)
-    (material,) = seen
+    (task,) = seen
     ids = tokenise((place / "train.txt").read_text(), load_model(str(place / "tiny"))[1])
-    valid_NC = material.texts["valid"]
+    valid_NC = task.texts["valid"]
     start = (len(ids) // CONTEXT - len(valid_NC)) * CONTEXT
     assert valid_NC.flatten().tolist() == ids[start : start + valid_NC.numel()].tolist()
-    assert material.train_NC.flatten().tolist() == ids[: material.train_NC.numel()].tolist()
-    assert material.train_NC.numel() <= start
-
-
-def test_perplexity_is_that_of_windows_read_one_by_one() -> None:
-    model = tiny_llama()
-    window_NC = torch.randint(3, 200, (5, 20), generator=torch.Generator().manual_seed(0))
-    assert math.exp(run(model, window_NC, rows=2)) == pytest.approx(perplexity(model, window_NC), rel=1e-5)
+    assert task.train_NC.flatten().tolist() == ids[: task.train_NC.numel()].tolist()
+    assert task.train_NC.numel() <= start
 
 
 def test_the_search_for_tau_finds_sparsities_in_any_order_and_says_what_is_out_of_reach() -> None:
@@ -355,15 +363,13 @@ def test_the_search_for_tau_finds_sparsities_in_any_order_and_says_what_is_out_o
     window_NC = torch.randint(3, 200, (6, 32), generator=torch.Generator().manual_seed(0))
     config = SparsifyConfig(expert_size=2, partition="random", router="centroid", budget="uniform")
     sparsify(model, config=config, progress=False)
-    knob = TauKnob(model, rows=6)
+    knob, batches = TauKnob(model), [{"input_ids": window_NC}]
     for share in (0.9, 0.3, 0.5, 0.95, 0.05, 0.8):
-        tau = knob.set(share, window_NC)
-        with record_sparsity(model) as record:
-            run(model, window_NC, 6)
-        assert abs(record.sparsity - share) <= TOLERANCE, share
+        tau = knob.set(share, batches)
+        assert abs(measure_sparsity(model, batches) - share) <= TOLERANCE, share
         assert 0 < tau < 1
     with pytest.raises(Unreachable, match="one expert a layer"):
-        knob.set(0.99, window_NC)
+        knob.set(0.99, batches)
 
 
 def test_windows_are_spread_evenly() -> None:
@@ -411,12 +417,13 @@ def made_up(method: str, lr: float, seed: int, points: dict[float, float], valid
         for text, of in texts
         for share, value in points.items()
     ]
-    budget = {"tokens": 1000, "context": 10, "batch_tokens": 100, "accumulation": 1}
-    run = {"method": method, "settings": {}, "lr": lr, "seed": seed, "sparsity": None, "model": "m", "budget": budget}
-    run |= {"bf16": True, "windows": 8, "texts": {"train": "abc"}, **more}
+    about = {"budget": {"context": 10, "batch_tokens": 100}, "texts": {"train": "abc"}, "windows": 8}
+    job = {"task": "books", "method": method, "settings": {}, "lr": lr, "seed": seed, "sparsity": [0.5], "steps": 10}
+    job |= {"model": "m", "autocast": True, "about": about, **more}
     training = {"tokens": 1000, "seconds": 1.0, "cut": False, "tokens_per_second": 1000.0}
-    about = {"hardware": {"cpu": "c"}, "versions": {"torch": "1"}, "commit": "abc", "failed": None, "seconds": 3.0}
-    return {"run": run, "rows": rows, "training": training, "evaluation_seconds": 1.0, "history": [], **about}
+    said = {"hardware": {"cpu": "c"}, "versions": {"torch": "1"}, "commit": "abc", "failed": None, "seconds": 3.0}
+    record = {"format": 2, "job": job, "rows": rows, "training": training}
+    return {**record, "evaluation_seconds": 1.0, "history": [], **said}
 
 
 def saved(folder: Path, results: list[Result]) -> Path:
@@ -435,13 +442,13 @@ def test_the_report_takes_the_rate_that_is_best_on_held_out_text_and_shows_the_s
         made_up("ours", 4e-4, 0, {0.5: 10.0, 0.8: 10.0}, valid=1.0),  # one seed only
         made_up("dense", 1e-4, 0, {0.0: 10.0}, valid=8.0),
     ]
-    text = report.report(saved(tmp_path, results), as_json=False)
+    text = report(saved(tmp_path, results), as_json=False)
     line = next(line for line in text.splitlines() if line.startswith("| ours"))
     assert line == "| ours, one checkpoint | 0.0001 | 21.00 [20.00, 22.00] (2.10x) | 32.00 [30.00, 34.00] (3.20x) |"
     assert "| dense, fine-tuned | 0.0001 | 10.00 |" in text
     assert (tmp_path / "report.md").read_text() == text + "\n"
     assert (tmp_path / "report.png").stat().st_size > 1000
-    numbers = json.loads(report.report(tmp_path, as_json=True))
+    numbers = json.loads(report(tmp_path, as_json=True))
     (curves,) = numbers.values()
     point = curves["ours, one checkpoint"]["test"][0]
     assert (point["perplexity"], point["low"], point["high"], point["seeds"], point["lr"]) == (
@@ -454,13 +461,12 @@ def test_the_report_takes_the_rate_that_is_best_on_held_out_text_and_shows_the_s
 
 
 def test_settings_and_budgets_are_kept_apart(tmp_path: Path) -> None:
-    longer = {"tokens": 2000, "context": 10, "batch_tokens": 100, "accumulation": 1}
     results = [
         made_up("ours", 1e-4, 0, {0.5: 20.0}, valid=9.0),
         made_up("ours", 1e-4, 0, {0.5: 18.0}, valid=9.0, settings={"distill_logits": 1.0}),
-        made_up("ours", 1e-4, 0, {0.5: 15.0}, valid=9.0, budget=longer),
+        made_up("ours", 1e-4, 0, {0.5: 15.0}, valid=9.0, steps=20),
     ]
-    numbers = json.loads(report.report(saved(tmp_path, results), as_json=True))
+    numbers = json.loads(report(saved(tmp_path, results), as_json=True))
     assert [sorted(curves) for curves in numbers.values()] == [
         ["ours, one checkpoint", "ours, one checkpoint (distill_logits=1.0)"],
         ["ours, one checkpoint"],
@@ -472,7 +478,7 @@ def test_the_report_of_real_runs_has_a_line_for_each_method(
 ) -> None:
     assert main(["report", str(everything)]) == 0
     out = capsys.readouterr().out
-    for method in METHODS.values():
+    for method in BOOKS.values():
         assert sum(line.startswith(f"| {method.title}") for line in out.splitlines()) >= 3, method.title
     assert (everything / "report.png").read_bytes().startswith(b"\x89PNG")
 
