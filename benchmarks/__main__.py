@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "initialisation": "analyses.initialisation",
         "ablations": "analyses.ablations",
         "taus": "analyses.taus",
+        **{f"figure{number}": f"presets.figure{number}" for number in (2, 3, 4, 5, 7, 8, 9)},
         "quality": "quality",
         "partition": "partition",
         "kernels": "kernels",

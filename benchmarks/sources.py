@@ -196,7 +196,8 @@ def gather(sources: Sequence[tuple[Source, Sequence[str]]], folder: Path | None,
     for of, splits in sources:
         for split in splits:
             if folder is not None:
-                read(of, split, folder)
+                if of.form == ROWS or _file(of, split, folder) is None:  # a text has no columns to check
+                    read(of, split, folder)
             elif _file(of, split, kept) is None:
                 write(of, split, read(of, split), kept)
     return kept if folder is None else folder
