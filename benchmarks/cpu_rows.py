@@ -44,6 +44,7 @@ from torch_prunepath.ops.cpu import rows as cpu_rows
 from torch_prunepath.ops.cpu.ffn import routed_ffn
 from torch_prunepath.ops.cpu.packs import Packs
 from torch_prunepath.ops.cpu.select import mask_of_tokens
+from torch_prunepath.search import tau_of_scores
 from torch_prunepath.select import mask_from_scores
 
 GATED = tuple(name for name, geometry in GEOMETRIES.items() if not geometry.plain)
@@ -115,10 +116,7 @@ def set_sparsity(layers: list[TimedFFN], x_TD: Tensor, sparsity: float) -> float
     """Sets tau of every layer; returns the mean sparsity that came out."""
     for layer in layers:
         scores_TE = ops.router_scores(x_TD, layer.router_ED, None)
-        through_TE = scores_TE.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
-        active = max(1, round((1 - sparsity) * scores_TE.shape[1]))
-        middle = through_TE[:, [active - 1]] if active == 1 else through_TE[:, active - 2 : active].mean(-1)
-        layer.tau = middle.median() if sparsity > 0 else torch.tensor(1.0)
+        layer.tau = torch.tensor(tau_of_scores(scores_TE, sparsity))
         layer.mask_TE = mask_from_scores(scores_TE, layer.tau, "reach")
     return 1 - statistics.mean(float(layer.mask_TE.float().mean()) for layer in layers)
 

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from benchmarks.harness.options import dispatch, parser_of
 from torch_prunepath.bench.geometry import GEOMETRIES
-from torch_prunepath.bench.layers import SCORE_SPREAD, tau_for
+from torch_prunepath.bench.layers import SCORE_SPREAD
 from torch_prunepath.bench.results import commit
 from torch_prunepath.bench.timing import Captured, copy_bandwidth, timed
 from torch_prunepath.console.errors import UserError
 from torch_prunepath.console.report import aligned, machine
 from torch_prunepath.csrc_triton import ffn
 from torch_prunepath.csrc_triton.order import Workspace, workspace
+from torch_prunepath.search import tau_of_scores
 
 SECONDS = 0.2
 PARTS = ("router", "selection", "up", "down", "together")
@@ -60,7 +61,7 @@ class TimedFFN:
 
     def set_sparsity(self, sparsity: float) -> float:
         """Choose tau; return the share of inactive experts that it gives."""
-        self.tau.fill_(tau_for(ffn.router_scores(self.x, self.router, None), sparsity))
+        self.tau.fill_(tau_of_scores(ffn.router_scores(self.x, self.router, None), sparsity))
         self.run_router(self.work)
         self.run_selection(self.work)
         self.run_up()

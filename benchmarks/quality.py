@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,11 @@ from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import Routing
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.views import sparse_views
+from torch_prunepath.search import find_tau
 from torch_prunepath.select import mask_from_scores
 
 TOLERANCE = 0.004  # sparsity: perplexity is interpolated over at most this distance from a measured point
+MOST_TAU = 0.9999  # tau of the dense model on the axis of log(1 - tau), where 1 has no place
 PARTITIONS = ["coactivation", "kmeans", "contiguous", "random"]
 STATIC = ["norm", "wanda", "wanda-down"]
 ROUTERS = ["fitted", "centroid", "zero"]
@@ -61,17 +63,18 @@ Row = dict[str, Any]
 class Point:
     """One setting of tau, and what it gave."""
 
-    log_given_up: float
+    tau: float
     sparsity: float
     log_ppl: float
 
 
-def between(a: Point, b: Point, sparsity: float, margin: float = 0.0) -> Point:
-    """Linear in the sparsity between two points; at least ``margin`` of the way from either."""
-    share = (sparsity - a.sparsity) / max(b.sparsity - a.sparsity, 1e-9)
-    share = min(max(share, margin), 1 - margin)
-    mixed = [x + share * (y - x) for x, y in zip(astuple(a), astuple(b), strict=True)]
-    return Point(*mixed)
+def between(below: Point, above: Point, sparsity: float) -> Point:
+    """Linear in the sparsity between two points: of the logarithms of perplexity and of the mass that tau gives up."""
+    along = (sparsity - below.sparsity) / max(above.sparsity - below.sparsity, 1e-9)
+    given_up = [math.log1p(-min(point.tau, MOST_TAU)) for point in (below, above)]
+    log_given_up = given_up[0] + along * (given_up[1] - given_up[0])
+    log_ppl = below.log_ppl + along * (above.log_ppl - below.log_ppl)
+    return Point(-math.expm1(log_given_up), sparsity, log_ppl)
 
 
 class Bench:
@@ -82,40 +85,42 @@ class Bench:
         self.test_NC = test_NC.to(model.device)
         self.dense = perplexity(model, self.test_NC)
 
-    def point(self, log_given_up: float) -> Point:
-        """Realised sparsity and log perplexity on the test text, with ``1 - tau = exp(log_given_up)``."""
-        set_tau(self.model, -math.expm1(log_given_up))
+    def point(self, tau: float) -> Point:
+        """Realised sparsity and log perplexity on the test text."""
+        set_tau(self.model, tau)
         with record_sparsity(self.model) as record:
             ppl = perplexity(self.model, self.test_NC)
-        return Point(log_given_up, record.sparsity, math.log(ppl))
+        return Point(tau, record.sparsity, math.log(ppl))
 
     def row(self, **labels: Any) -> Row:
         """A row of the table for the sparse model as it stands: perplexity at each sparsity asked for."""
-        points: list[Point] = [Point(-9.0, 0.0, math.log(self.dense))]
+        points: dict[float, Point] = {}
         found = {f"{target:g}": self.at(target, points) for target in self.targets}
         return {
             **labels,
             "perplexity": {target: round(math.exp(point.log_ppl), 3) for target, point in found.items()},
-            "tau": {target: round(-math.expm1(point.log_given_up), 5) for target, point in found.items()},
+            "tau": {target: round(point.tau, 5) for target, point in found.items()},
         }
 
-    def at(self, target: float, points: list[Point]) -> Point:
-        """Perplexity at a sparsity: tau is moved until the sparsity is near, then perplexity is read off in between.
+    def at(self, target: float, points: dict[float, Point]) -> Point:
+        """Perplexity at a sparsity: tau is searched until the sparsity is near, then perplexity is read off in between.
 
-        ``points`` is what was measured so far; new ones are added.
+        ``points`` is what was measured so far, by tau; new ones are added.
+
+        Raises:
+            OutOfReach: if one expert a layer is not sparse enough.
         """
-        for _ in range(10):
-            points.sort(key=lambda p: p.sparsity)
-            below = max((p for p in points if p.sparsity <= target), key=lambda p: p.sparsity)
-            above = min((p for p in points if p.sparsity > target), key=lambda p: p.sparsity, default=None)
-            near = min((p for p in (below, above) if p is not None), key=lambda p: abs(p.sparsity - target))
-            if abs(near.sparsity - target) <= TOLERANCE:
-                break
-            if above is None:
-                points.append(self.point((below.log_given_up - 0.05) / 2))
-            else:
-                points.append(self.point(between(below, above, target, 0.1).log_given_up))
-        return near if above is None else between(below, above, target)
+
+        def measure(tau: float) -> float:
+            points[tau] = self.point(tau)
+            return points[tau].sparsity
+
+        seen = {tau: point.sparsity for tau, point in points.items()}
+        nearest = points.get(find_tau(measure, target, tolerance=TOLERANCE, seen=seen))
+        known = [Point(1.0, 0.0, math.log(self.dense)), *points.values()]
+        below = max((p for p in known if p.sparsity <= target), key=lambda p: p.sparsity)
+        above = min((p for p in known if p.sparsity > target), key=lambda p: p.sparsity, default=None)
+        return between(below, above, target) if above is not None else nearest or below
 
     @contextmanager
     def converted(self, config: SparsifyConfig) -> Iterator[float]:

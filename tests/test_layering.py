@@ -19,6 +19,7 @@ ROOMS = [
     "config",
     "rms",
     "select",
+    "search",
     "csrc_triton",
     "ops",
     "compile",

@@ -34,6 +34,23 @@ def check_tau(tau: float) -> float:
     return tau
 
 
+def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+    """Return ``sparsity``, the inactive share of neurons, as a float.
+
+    Args:
+        sparsity: what was asked for.
+        name: what the caller calls it: a parameter, a command's option, or words.
+
+    Raises:
+        ValueError: if it is not in [0, 1).
+    """
+    sparsity = float(sparsity)
+    if not 0.0 <= sparsity < 1.0:
+        says = f"{name} {sparsity}" if " " in name or name.startswith("--") else f"{name}={sparsity}"
+        raise ValueError(f"{says} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons active")
+    return sparsity
+
+
 @dataclass(frozen=True)
 class FFNSpec:
     """Where one feed-forward network sits in a model, and what it computes.

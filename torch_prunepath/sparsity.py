@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torch_prunepath.config import check_tau, num_experts
+from torch_prunepath.config import check_sparsity, check_tau, num_experts
 from torch_prunepath.inputs.data import evaluating, iterate_inputs
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import attach, attached, describe
 from torch_prunepath.layer.sparse import RoutingHook
 from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.search import OutOfReach, find_tau
 
 MIN_TAU = 1e-30
 """Smallest tau of a layer that stays positive in float32; at this mass only the top expert is active."""
@@ -176,7 +177,7 @@ def set_sparsity(
     tolerance: float = 0.002,
     progress: bool = True,
 ) -> float:
-    """Find the tau whose realised sparsity on ``batches`` is ``target``, by bisection, set it and return it.
+    """Find the tau whose realised sparsity on ``batches`` is ``target``, set it and return it: a few passes over them.
 
     Args:
         model: a sparse model.
@@ -190,15 +191,37 @@ def set_sparsity(
         ValueError: if target is outside [0, 1), or so high that not even one expert a layer reaches it. tau is
             unchanged.
     """
-    if not 0.0 <= target < 1.0:
-        raise ValueError(f"target sparsity {target} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons")
-    before = {name: float(layer.tau) for name, layer in sparse_layers(model).items()}
+    check_sparsity(target, "target sparsity")
+    layers = sparse_layers(model)
+    before = {name: float(layer.tau) for name, layer in layers.items()}
     inputs = list(iterate_inputs(batches, model, tokenizer))
-    try:
-        return _bisect(model, target, inputs, tolerance, progress)
-    except BaseException:
-        set_tau(model, before)
-        raise
+    with tqdm(desc=f"finding tau for sparsity {target:g}", unit="pass", disable=not progress) as bar:
+
+        def measure(tau: float) -> float:
+            set_tau(model, tau)
+            found = measure_sparsity(model, inputs)
+            bar.update()
+            bar.set_postfix(tau=f"{tau:.4g}", sparsity=f"{found:.3f}")
+            return found
+
+        try:
+            tau = find_tau(measure, target, tolerance=tolerance)
+        except BaseException as error:
+            set_tau(model, before)
+            if isinstance(error, OutOfReach):
+                raise _out_of_reach(
+                    target, error.most, any(layer.experts.shared for layer in layers.values())
+                ) from None
+            raise
+        set_tau(model, tau)
+    return tau
+
+
+def _out_of_reach(target: float, most: float, shared: bool) -> ValueError:
+    one = "one expert a layer beside the shared ones" if shared else "one expert a layer"
+    return ValueError(
+        f"sparsity {target:g} is out of reach: {one} is active at {most:.3f} already; use a smaller expert_size"
+    )
 
 
 def measure_sparsity(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
@@ -207,35 +230,6 @@ def measure_sparsity(model: nn.Module, batches: Sequence[dict[str, Any]]) -> flo
         for batch in batches:
             model(**batch)
     return record.sparsity
-
-
-def _bisect(model: nn.Module, target: float, inputs: list[dict[str, Any]], tolerance: float, progress: bool) -> float:
-    if target == 0.0:
-        set_tau(model, 1.0)
-        return 1.0
-    # tau = u ** 8: where budgets are small, high sparsity needs a tau many orders of magnitude below 1.
-    low, high, tau = 1e-3, 1.0, 1.0
-    with tqdm(total=17, desc=f"finding tau for sparsity {target:g}", disable=not progress) as bar:
-        set_tau(model, low**8)
-        most = measure_sparsity(model, inputs)
-        bar.update()
-        if most < target - tolerance:
-            shared = any(layer.experts.shared for layer in sparse_layers(model).values())
-            one = "one expert a layer beside the shared ones" if shared else "one expert a layer"
-            raise ValueError(
-                f"sparsity {target:g} is out of reach: {one} is active at {most:.3f} already; use a smaller expert_size"
-            )
-        for _ in range(16):
-            middle = (low + high) / 2
-            tau = middle**8
-            set_tau(model, tau)
-            found = measure_sparsity(model, inputs)
-            bar.update()
-            bar.set_postfix(tau=f"{tau:.4f}", sparsity=f"{found:.3f}")
-            if abs(found - target) <= tolerance:
-                break
-            low, high = (middle, high) if found > target else (low, middle)
-    return tau
 
 
 class Noted(NamedTuple):

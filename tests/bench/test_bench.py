@@ -20,7 +20,7 @@ from torch_prunepath.bench import build, gate, profile, requests, results, sides
 from torch_prunepath.bench.decoder import Decoder, Prefill, logits_of, read_prompt
 from torch_prunepath.bench.floor import Traffic
 from torch_prunepath.bench.geometry import GEOMETRIES, Geometry
-from torch_prunepath.bench.layers import Layer, Usage, random_layer, tau_for
+from torch_prunepath.bench.layers import Layer, Usage, random_layer
 from torch_prunepath.bench.options import DEFAULT_MODES, DEFAULT_SPARSE_MODES, MODES, FFNOptions
 from torch_prunepath.bench.sources import layers_wanted
 from torch_prunepath.bench.timing import Timing, copy_bandwidth, peak_memory, timed
@@ -165,21 +165,6 @@ def test_layers_exceed_the_cache_at_the_highest_sparsity(layers: int | None, mon
 
 
 # --- sparsity ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", ["reach", "below"])
-@pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.8, 0.95])
-def test_asked_sparsity_is_realised_within_one_expert(sparsity: float, tokens: int, rule: str) -> None:
-    scores_TE = 3 * torch.randn(tokens, 96, generator=torch.Generator().manual_seed(tokens))
-    tau = torch.tensor(tau_for(scores_TE, sparsity, rule))
-    active = int(mask_from_scores(scores_TE, tau, rule).sum())  # type: ignore[arg-type]
-    assert abs(active - (1 - sparsity) * tokens * 96) <= 1
-
-
-def test_equal_scores_keep_at_least_one_expert() -> None:
-    tau = tau_for(torch.zeros(3, 8), 0.99)
-    assert 0 < tau < 1
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ from tiny_llama import byte_tokenizer, save_tiny_llama, save_tiny_texts, tiny_ll
 
 from benchmarks.harness import METHODS, Store
 from benchmarks.harness.curves import report
-from benchmarks.harness.knobs import TOLERANCE, TauKnob
+from benchmarks.harness.knobs import TauKnob
 from benchmarks.harness.task import Unreachable
 from benchmarks.harness.texts import spread, tokenise
 from benchmarks.tasks import books
 from benchmarks.tasks.books import BooksTask, main
 from torch_prunepath import SparsifyConfig, densify, sparsify
 from torch_prunepath.evaluation.models import load_model
+from torch_prunepath.search import TOLERANCE
 from torch_prunepath.sparsity import measure_sparsity
 from torch_prunepath.train.compiling import compiled_blocks
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, calibration_inputs
 from torch_prunepath.baselines.widths import tell_config
-from torch_prunepath.config import check_choice
+from torch_prunepath.config import check_choice, check_sparsity
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.inputs.data import Inputs
 from torch_prunepath.inputs.visit import visit_inputs
@@ -83,8 +83,7 @@ def prune(
     Raises:
         ValueError: if sparsity is outside [0, 1), there is no FFN, or the data does not fit. The model is as it was.
     """
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1): 0.8 leaves a fifth of the neurons")
+    check_sparsity(sparsity)
     check_choice("score", score, Score)
     views = [FFNView(model, spec) for spec in find_ffns(model)]
     inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)

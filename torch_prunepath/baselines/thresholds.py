@@ -29,7 +29,7 @@ from torch_prunepath.baselines.quantiles import Quantiles
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, calibration_inputs
 from torch_prunepath.baselines.teal_search import Path, greedy_path, matrices, uniform_path
 from torch_prunepath.baselines.top_k import gate_activations
-from torch_prunepath.config import check_choice
+from torch_prunepath.config import check_choice, check_sparsity
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import visit_inputs
@@ -141,8 +141,7 @@ class Thresholding:
         Raises:
             ValueError: if share is outside [0, 1). Nothing is changed.
         """
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"target sparsity {share} is outside [0, 1): 0 is dense, 0.5 leaves out half")
+        check_sparsity(share, "target sparsity")
         for site, quantiles in self._sites:
             own = self._paths[site.view.site].share_of(site.matrix, share) if self._paths else share
             site.threshold.fill_(quantiles.threshold(own))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, RoutedBaseline, calibration_inputs, convert
 from torch_prunepath.baselines.routers import MLPRouter, UnitRouter, fit
-from torch_prunepath.config import check_choice
+from torch_prunepath.config import check_choice, check_sparsity
 from torch_prunepath.experts.fit import centroid_init
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router, expert_sums
@@ -46,10 +46,7 @@ class MoEfication(RoutedBaseline):
         Raises:
             ValueError: if share is outside [0, 1).
         """
-        if not 0.0 <= share < 1.0:
-            raise ValueError(
-                f"target sparsity {share} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the experts"
-            )
+        check_sparsity(share, "target sparsity")
         set_tau(self.model, 1.0 - share)
         return 1.0 - share
 

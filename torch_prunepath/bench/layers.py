@@ -15,15 +15,13 @@ from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.bench.geometry import Geometry
-from torch_prunepath.config import num_experts
+from torch_prunepath.config import Rule, num_experts
 from torch_prunepath.ops import sparse_ffn as fused
 from torch_prunepath.ops.operators import expand_experts, router_scores, select_experts
+from torch_prunepath.search import tau_of_scores
 
 SCORE_SPREAD = 3.0
 """Standard deviation of a random router's scores over the experts."""
-
-LARGEST_TAU = 1.0 - 2.0**-24
-"""Below 1, where every expert is active: the next smaller float32."""
 
 LAYOUTS = ("linear", "rows")
 """How the dense computation may store down: ``[D, F]`` as ``nn.Linear`` does, or a neuron's row at a time."""
@@ -47,7 +45,7 @@ class Layer:
     router_ED: Tensor
     router_bias_E: Tensor | None
     tau: Tensor
-    rule: str
+    rule: Rule
     gate_offset: float | None
     activation: str
     expert_size: int
@@ -100,11 +98,7 @@ class Layer:
 
     def set_sparsity(self, x_TD: Tensor, sparsity: float) -> None:
         """Put tau where this share of the experts is inactive, averaged over these tokens; 0 is tau = 1."""
-        scores_TE = self.scores(x_TD)
-        routed_TE = scores_TE[:, self.shared :]
-        # Of the experts that may be inactive, a larger share has to be.
-        share = min(1.0, sparsity * scores_TE.shape[1] / routed_TE.shape[1])
-        self.tau.fill_(tau_for(routed_TE, share, self.rule))
+        self.tau.fill_(tau_of_scores(self.scores(x_TD), sparsity, self.rule, self.shared))
 
     @property
     def neuron_bytes(self) -> int:
@@ -116,23 +110,6 @@ class Layer:
     def router_bytes(self) -> int:
         """Bytes of the router."""
         return self.router_ED.nbytes + (0 if self.router_bias_E is None else self.router_bias_E.nbytes)
-
-
-@torch.no_grad()
-def tau_for(scores_TE: Tensor, sparsity: float, rule: str = "reach") -> float:
-    """The tau at which the inactive share of all ``T * E`` (token, expert) pairs is nearest to ``sparsity``."""
-    tokens, experts = scores_TE.shape
-    wanted = max(tokens, round((1.0 - sparsity) * tokens * experts))
-    if wanted >= tokens * experts:
-        return 1.0
-    ranked_TE = torch.softmax(scores_TE.float(), -1).sort(dim=-1, descending=True).values
-    mass_TE = ranked_TE.cumsum(-1)
-    shifted_TE = mass_TE.roll(1, -1) if rule == "reach" else mass_TE.clone()
-    shifted_TE[:, 0] = 0.0
-    low, high = shifted_TE.flatten().sort().values[wanted - 1 : wanted + 1]
-    middle = (low + high) / 2
-    # The middle of two neighbouring floats may round to the lower one, whose expert would then be inactive.
-    return min(float(high if middle <= low else middle), LARGEST_TAU)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch_prunepath.bench.layers import SCORE_SPREAD, Layer, random_layer
 from torch_prunepath.bench.options import FFNOptions
 from torch_prunepath.bench.timing import cache_bytes, free_bytes
 from torch_prunepath.checkpoint import load
-from torch_prunepath.config import num_experts
+from torch_prunepath.config import Rule, num_experts
 from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.evaluation.corpus import load_corpus, windows
@@ -206,7 +206,8 @@ def _layer(view: FFNView, options: FFNOptions) -> Layer:
     site = view.up if view.spec.split else view.owner
     up_FD, gate_FD, down_FD = view.up_FD, view.gate_FD, view.down_FD.contiguous()
     device, dtype = up_FD.device, up_FD.dtype
-    size, rule, offset = options.expert_size, "reach", None if options.gate == "one" else 0.0
+    rule: Rule = "reach"
+    size, offset = options.expert_size, None if options.gate == "one" else 0.0
     normalise, shared = False, 0
     if isinstance(site, RoutedExperts):
         experts = site.experts

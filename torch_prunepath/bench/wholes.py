@@ -6,7 +6,6 @@ Shapes: T tokens, V vocabulary, E experts.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,20 +19,14 @@ from torch_prunepath.bench.layers import Usage
 from torch_prunepath.inputs.visit import removing
 from torch_prunepath.layer import Routing
 from torch_prunepath.layer.views import sparse_layers, sparse_views
+from torch_prunepath.search import OutOfReach, find_tau
 from torch_prunepath.sparsity import register_routing_hook, set_tau
 
-SEARCH_STEPS = 14
 NOISE_ROUNDINGS = 8.0
 """Roundings (half an epsilon each) by which FFN inputs are moved to see what rounding does to logits."""
 
 NOISE_DRAWS = 8
 NOISE_MARGIN = 1.5
-
-LOGITS = (-12.0, 16.0)
-"""Of tau, between which it is searched. At the upper end float32 still tells tau from 1."""
-
-TOLERANCE = 0.002
-"""Of the realised sparsity: the search for tau ends there."""
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -75,23 +68,21 @@ def usage(model: nn.Module, work: Work, calls: int) -> dict[str, Usage]:
 def reach(model: nn.Module, work: Work, sparsity: float, calls: int) -> dict[str, Usage]:
     """Set a tau whose realised sparsity in the very calls that will be timed is the one asked for; return their usage.
 
-    The search ends within ``TOLERANCE``, or after ``SEARCH_STEPS`` steps where experts are too large for that.
+    Where experts are too large for that it is the nearest that was found, or one expert a layer.
     """
-    if sparsity == 0.0:
-        set_tau(model, 1.0)
-        return usage(model, work, calls)
-    # (logit of tau, sparsity there); each step costs a few eager calls, so the next guess is interpolated.
-    low, high = (LOGITS[0], 1.0), (LOGITS[1], 0.0)
-    for _ in range(SEARCH_STEPS):
-        share = min(max((low[1] - sparsity) / (low[1] - high[1]), 0.15), 0.85)
-        guess = low[0] + share * (high[0] - low[0])
-        set_tau(model, 1 / (1 + math.exp(-guess)))
-        used = usage(model, work, calls)
-        found = Usage.mean(list(used.values())).sparsity
-        if abs(found - sparsity) <= TOLERANCE:
-            break
-        low, high = ((guess, found), high) if found > sparsity else (low, (guess, found))
-    return used
+    used: dict[float, dict[str, Usage]] = {}
+
+    def measure(tau: float) -> float:
+        set_tau(model, tau)
+        used[tau] = usage(model, work, calls)
+        return Usage.mean(list(used[tau].values())).sparsity
+
+    try:
+        tau = find_tau(measure, sparsity)
+    except OutOfReach:
+        tau = min(used)
+    set_tau(model, tau)
+    return used[tau] if tau in used else usage(model, work, calls)
 
 
 def rounding_noise(modules: Iterable[nn.Module], work: Work, expected_RV: Tensor, calls: int, seed: int) -> float:

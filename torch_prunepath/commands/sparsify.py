@@ -12,7 +12,7 @@ from torch_prunepath.console import report
 from torch_prunepath.console.errors import as_user_error
 from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
-from torch_prunepath.evaluation.make_sparse import SEARCH_WINDOWS
+from torch_prunepath.evaluation.make_sparse import search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 
@@ -70,7 +70,7 @@ def run(options: Options) -> dict[str, Any]:
             dense = perplexity(model, test_NC, title="dense: perplexity")
             torch_prunepath.sparsify(model, tau=tau, config=config, calibration=[fit_NC] if config.needs_data else None)
             if options.sparsity is not None:
-                some_NC = fit_NC[:: -(-len(fit_NC) // SEARCH_WINDOWS)]
+                some_NC = search_windows(fit_NC)
                 tau = torch_prunepath.set_sparsity(model, options.sparsity, some_NC)
         with torch_prunepath.record_sparsity(model) as record:
             sparse = perplexity(model, test_NC, title="sparse: perplexity")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_prunepath.config import SparsifyConfig, check_tau
+from torch_prunepath.config import SparsifyConfig, check_sparsity, check_tau
 from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.conversion import sparsify
 from torch_prunepath.evaluation.corpus import CONTEXT, Corpus, load_corpus, windows
@@ -30,18 +30,6 @@ SMALLEST_STEP = 2e-7
 
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(SparsifyConfig))
-
-
-def check_sparsity(sparsity: float) -> float:
-    """Return ``sparsity`` as a float.
-
-    Raises:
-        UserError: if it is not in [0, 1).
-    """
-    sparsity = float(sparsity)
-    if not 0.0 <= sparsity < 1.0:
-        raise UserError(f"sparsity={sparsity} is outside [0, 1): it is the inactive share of neurons")
-    return sparsity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +94,12 @@ def reach_sparsity(model: nn.Module, sparsity: float, window_NC: Tensor) -> floa
     Raises:
         ValueError: if it is out of reach.
     """
-    return set_sparsity(model, sparsity, window_NC[:: -(-len(window_NC) // SEARCH_WINDOWS)])
+    return set_sparsity(model, sparsity, search_windows(window_NC))
+
+
+def search_windows(window_NC: Tensor) -> Tensor:
+    """Some of the windows, evenly spread: those that a sparsity is searched on."""
+    return window_NC[:: -(-len(window_NC) // SEARCH_WINDOWS)]
 
 
 def holds_sparse_layers(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch_prunepath.config import check_choice, check_tau
+from torch_prunepath.config import check_choice, check_sparsity, check_tau
 
 Kind = Literal["tau", "sparsity", "random", "random-log"]
 
@@ -39,8 +39,8 @@ class Phase:
         for value in (self.first, self.last):
             if self.kind == "tau":
                 check_tau(value)
-            elif not 0.0 <= value < 1.0:
-                raise ValueError(f"target sparsity {value} is outside [0, 1): 0.8 leaves a fifth of the neurons active")
+            else:
+                check_sparsity(value, "target sparsity")
         if self.drawn and self.first > self.last:
             raise ValueError(f"draw from {self.last} to {self.first}, not from {self.first} to {self.last}")
         if not self.share > 0.0:

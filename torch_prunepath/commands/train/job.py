@@ -24,6 +24,7 @@ from torch_prunepath.console import report
 from torch_prunepath.console.errors import UserError, as_user_error, one_line
 from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
+from torch_prunepath.evaluation.make_sparse import search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.layer import RoutedExperts
@@ -33,8 +34,6 @@ from torch_prunepath.train.batches import Batches, Later
 from torch_prunepath.train.loop import steps_of, train
 from torch_prunepath.train.state import Record, TrainState
 
-SEARCH_WINDOWS = 4
-"""Windows of the training text on which tau is searched."""
 EVAL_WINDOWS = 8 * TEST_WINDOWS
 """Windows that perplexity is measured on, at most."""
 STATE_BYTES = 16
@@ -270,7 +269,7 @@ class _Session:
             set_tau(self.model, 1.0)
             rows.append({"name": f"{when}, tau 1", "tau": 1.0, **self._perplexity(f"{when}, tau 1")})
         target = self.options.target_sparsity
-        some_NC = self.window_NC[:: -(-len(self.window_NC) // SEARCH_WINDOWS)]
+        some_NC = search_windows(self.window_NC)
         with as_user_error(ValueError):
             tau = set_sparsity(self.model, target, some_NC)
         name = f"{when}, {target:.0%} asked"
