@@ -40,12 +40,13 @@ from torch_prunepath.console.errors import UserError
 from torch_prunepath.console.report import machine
 from torch_prunepath.ops import operators as ops
 from torch_prunepath.ops.cpu import dense as cpu_dense
+from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.cpu import rows as cpu_rows
-from torch_prunepath.ops.cpu.ffn import routed_ffn
 from torch_prunepath.ops.cpu.packs import Packs
-from torch_prunepath.ops.cpu.select import mask_of_tokens
+from torch_prunepath.ops.experts import zero_inactive
 from torch_prunepath.search import tau_of_scores
 from torch_prunepath.select import mask_from_scores
+from torch_prunepath.weights import FFNWeights, Selector
 
 GATED = tuple(name for name, geometry in GEOMETRIES.items() if not geometry.plain)
 Call = Callable[[], Tensor]
@@ -81,8 +82,9 @@ class TimedFFN:
         return nnf.linear(nnf.silu(nnf.linear(x_TD, self.gate_FD)) * nnf.linear(x_TD, self.up_FD), self.down_DF)
 
     def sparse(self, x_TD: Tensor, size: int) -> Tensor:
-        weights = self.up_FD, None, self.gate_FD, None, self.down_FD, None
-        return routed_ffn(x_TD, self.router_ED, None, self.tau, "reach", None, *weights, "silu", size, packs=self.packs)
+        selector = Selector(self.router_ED, None, self.tau, "reach", None)
+        weights = FFNWeights(self.up_FD, None, self.gate_FD, None, self.down_FD, None)
+        return cpu.sparse_ffn(x_TD, selector, weights, "silu", size, self.packs)
 
     def operators(self, x_TD: Tensor, size: int) -> Tensor:
         mask_TE = ops.select_experts(ops.router_scores(x_TD, self.router_ED, None), self.tau, "reach")
@@ -92,7 +94,7 @@ class TimedFFN:
     def check(self, x_TD: Tensor, size: int) -> None:
         """Ends the run if the sparse FFN is not the masked dense one."""
         h_TF = nnf.silu(nnf.linear(x_TD, self.gate_FD)) * nnf.linear(x_TD, self.up_FD)
-        expected = nnf.linear(ops.zero_inactive(h_TF, self.mask_TE, size), self.down_DF).double()
+        expected = nnf.linear(zero_inactive(h_TF, self.mask_TE, size), self.down_DF).double()
         for found in (self.sparse(x_TD, size), self.operators(x_TD, size)):
             error = float((found.double() - expected).norm() / expected.norm())
             if not error < (2e-2 if x_TD.element_size() == 2 else 1e-5):
@@ -180,9 +182,9 @@ def routing(layers: list[TimedFFN], x_TD: Tensor, size: int, sparsity: float, se
     while time.perf_counter() < end:
         for c in layers:
             marks = [time.perf_counter()]
-            scores_TE = cpu_dense.scores(x_TD, c.router_ED, None, packs=c.packs)
+            scores_TE = cpu.router_scores(x_TD, c.router_ED, None, packs=c.packs)
             marks.append(time.perf_counter())
-            mask_TE = mask_of_tokens(scores_TE, float(c.tau), "reach")
+            mask_TE = cpu.select_experts(scores_TE, c.tau, "reach")
             marks.append(time.perf_counter())
             h_TF = nnf.silu(nnf.linear(x_TD, c.gate_FD)) * nnf.linear(x_TD, c.up_FD)
             marks.append(time.perf_counter())

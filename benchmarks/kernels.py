@@ -29,6 +29,7 @@ from torch_prunepath.console.report import aligned, machine
 from torch_prunepath.csrc_triton import ffn
 from torch_prunepath.csrc_triton.order import Workspace, workspace
 from torch_prunepath.search import tau_of_scores
+from torch_prunepath.weights import FFNWeights, Selector
 
 SECONDS = 0.2
 PARTS = ("router", "selection", "up", "down", "together")
@@ -43,17 +44,17 @@ class TimedFFN:
 
         self.experts, self.size, self.activation = -(-width // size), size, activation
         self.router = random(self.experts, hidden, scale=SCORE_SPREAD * hidden**-0.5)
-        self.up = random(width, hidden, scale=hidden**-0.5)
-        self.gate = random(width, hidden, scale=hidden**-0.5) if gated else None
-        self.down_rows = random(width, hidden, scale=width**-0.5)
+        up = random(width, hidden, scale=hidden**-0.5)
+        gate = random(width, hidden, scale=hidden**-0.5) if gated else None
+        self.weights = FFNWeights(up, None, gate, None, random(width, hidden, scale=width**-0.5), None)
         self.tau = torch.tensor(0.5, device=device)
         self.hidden, self.width = hidden, width
 
     def begin(self, tokens: int) -> None:
-        self.x = torch.randn_like(self.up[:tokens])
+        self.x = torch.randn_like(self.weights.up_FD[:tokens])
         self.tokens = tokens
         dtype = torch.float32 if tokens == 1 else torch.bfloat16
-        self.h = torch.empty(tokens, self.width, dtype=dtype, device=self.up.device)
+        self.h = torch.empty(tokens, self.width, dtype=dtype, device=self.x.device)
         self.work, self.spare = self._workspace(), self._workspace()
 
     def _workspace(self) -> Workspace:
@@ -73,27 +74,26 @@ class TimedFFN:
 
     def run_selection(self, work: Workspace) -> None:
         if ffn.compares(self.tokens, self.experts):
-            self.mask, self.weights = ffn.rank(self.parts, self.tau, "reach", None, work)
+            self.mask, _ = ffn.rank(self.parts, self.tau, "reach", None, work)
         else:
-            self.mask, self.weights = ffn.select_weights(self.parts, self.tau, "reach", None, work.used_E)
+            self.mask, _ = ffn.select_weights(self.parts, self.tau, "reach", None, work.used_E)
 
     def run_up(self) -> None:
-        gate = (self.gate, None)
-        ffn.up(self.x, self.mask, None, self.up, None, *gate, self.activation, self.size, self.work, self.h)
+        ffn.up(self.x, self.mask, None, self.weights.up_part, self.activation, self.size, self.work, self.h)
 
     def run_down(self) -> None:
         self.work.arrivals.zero_()
-        ffn.down(self.h, self.work, self.down_rows, None, self.size, torch.bfloat16, early=False)
+        ffn.down(self.h, self.work, self.weights.down_FD, None, self.size, torch.bfloat16, early=False)
 
     def run_together(self) -> None:
-        weights = (self.up, None, self.gate, None, self.down_rows, None)
-        ffn.sparse_ffn(self.x, self.router, None, self.tau, "reach", None, *weights, self.activation, self.size)
+        selector = Selector(self.router, None, self.tau, "reach", None)
+        ffn.sparse_ffn(self.x, selector, self.weights, self.activation, self.size)
 
     def bytes_of(self, part: str) -> float:
         """What a part reads of the weights."""
         used = float(self.mask.any(0).float().mean())
-        up = self.up.nbytes * (1 if self.gate is None else 2) * used
-        each = {"router": self.router.nbytes, "selection": 0, "up": up, "down": self.down_rows.nbytes * used}
+        up = self.weights.up_FD.nbytes * (1 if self.weights.gate_FD is None else 2) * used
+        each = {"router": self.router.nbytes, "selection": 0, "up": up, "down": self.weights.down_FD.nbytes * used}
         return sum(each.values()) if part == "together" else each[part]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 UNION_TOKENS = 16
-"""Up to so many tokens kernels read the union of their experts; more compute every neuron and zero inactive ones."""
+"""Most tokens for which kernels read the union of their experts; more compute all neurons and zero inactive ones. At 32
+tokens the union was slower (docs/log.md, "kernels for one FFN on an H100"); nothing between 16 and 32 was tried."""
+
 LINEARS_AT_ONCE = 3
-"""Dense linear layers of one token that one launch takes: queries, keys and values."""
+"""How many dense linear layers of one token share a launch: queries, keys and values, which read the same token."""

@@ -11,14 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_AT_ONCE = 4096
-"""Logits of a token that a program holds."""
+"""How many logits of a token a program holds, 16 a thread for each model; a guess that was within a few percent of
+Inductor's kernel (docs/log.md, "targets drawn by halvings, seeds of what is distilled")."""
+
 LEAST = tl.constexpr(-1e30)
-"""Below every logit, and finite: two infinities have no difference."""
+"""A number below every logit, and finite: two infinities have no difference."""
 
 
 @triton.jit
 def _add_up(ptr, start, v, V, stride, scale, most, total):
-    """The largest logit and the sum of exponentials so far, each place of the block by itself."""
+    """Take a block of logits into the largest so far and the sum of exponentials, each place of the block by itself."""
     x = tl.load(ptr + (start + v).to(tl.int64) * stride, mask=start + v < V, other=float("-inf")).to(tl.float32) * scale
     above = tl.maximum(most, x)
     return above, total * tl.exp(most - above) + tl.exp(x - above)
@@ -75,14 +77,14 @@ def _divergence(
 def divergence(
     student_TV: Tensor, teacher_TV: Tensor, share_T: Tensor, temperature: float, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``temperature^2 * sum_t share_t KL(teacher_t || student_t)`` and its gradient; the same from run to run.
+    """Divergence ``temperature^2 * sum_t share_t KL(teacher_t || student_t)`` and its gradient, alike from run to run.
 
     Args:
         student_TV: logits, float32, float16 or bfloat16; computed in float32.
         teacher_TV: logits of the same shape.
         share_T: each token's part of the mean, float32.
-        temperature: that both logits are divided by.
-        gradient: whether to compute it.
+        temperature: both logits are divided by it.
+        gradient: whether to compute the gradient.
 
     Returns:
         The sum, 0-d float32, and its gradient towards the student's logits, in their dtype, or None.

@@ -16,7 +16,11 @@ from torch_prunepath.csrc_triton.order import Workspace
 
 
 def _config(tokens: int, hidden: int) -> dict[str, int]:
-    """Measured on an H100; see docs/log.md."""
+    """How the kernel divides its work, the fastest of those tried on an H100.
+
+    docs/log.md has what was tried for several tokens, "whole models decoding on an H100" ("block sizes for several
+    tokens") and "the FFN and decoding tables made anew on an H100". For one token times were not kept.
+    """
     if tokens == 1 and hidden < 2048:
         return {"SPLITS": 32, "ROWS": 64, "BLOCK_D": 64, "num_warps": 1}
     if tokens > 8:
@@ -31,7 +35,7 @@ def column_blocks(tokens: int, hidden: int) -> int:
 
 @triton.jit
 def _rows_of(order_ptr, start, neurons, E, F, S: tl.constexpr, ROWS: tl.constexpr, CACHE: tl.constexpr):
-    """Rows ``start`` to ``start + ROWS - 1`` of the experts in use: their indices, and whether they exist."""
+    """Which rows of down are numbers ``start`` to ``start + ROWS - 1`` of those in use, and whether they exist."""
     r = start + tl.arange(0, ROWS)
     # Read whether or not the list is that long: its length may still be on its way.
     e = tl.load(order_ptr + r // S, mask=r < E * S, other=0, cache_modifier=CACHE)
@@ -109,7 +113,7 @@ def _sum_few(
     UPCAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The same for several tokens, whose list the predecessor wrote: ``[BLOCK_T, BLOCK_D]``."""
+    """This program's share of several tokens' ``h @ down``, listed by the predecessor: ``[BLOCK_T, BLOCK_D]``."""
     begin(OVERLAP)
     neurons = tl.load(count_ptr) * S
     t = tl.arange(0, BLOCK_T)
@@ -186,20 +190,20 @@ def down(
     h_TF: Tensor,
     work: Workspace,
     down_FD: Tensor,
-    bias_D: Tensor | None,
+    down_bias_D: Tensor | None,
     expert_size: int,
     dtype: torch.dtype,
     *,
     early: bool,
 ) -> Tensor:
-    """``h @ down`` over the experts listed in ``work``, plus the bias.
+    """Output of the down projection over the experts listed in ``work``: ``h @ down``, plus the bias.
 
     Args:
         h_TF: ``[T, F]``, contiguous; float32 for one token, else the dtype of ``down_FD``. Neurons of experts that are
             not listed are not read.
         work: what is in use; its arrivals are used up.
         down_FD: rows ``[F, D]``, any strides.
-        bias_D: ``[D]`` or None.
+        down_bias_D: ``[D]`` or None.
         expert_size: S.
         dtype: of the result.
         early: whether at least one kernel of this package was launched between the one that wrote the list and now.
@@ -217,7 +221,7 @@ def down(
         work.length,
         work.arrivals,
         down_FD,
-        bias_D,
+        down_bias_D,
         partial,
         y_TD,
         T,
@@ -228,7 +232,7 @@ def down(
         D=D,
         S=expert_size,
         BLOCK_T=1 if T == 1 else max(16, triton.next_power_of_2(T)),
-        BIAS=bias_D is not None,
+        BIAS=down_bias_D is not None,
         UPCAST=interpreted(),
         EARLY=early,
         OVERLAP=overlaps(h_TF),

@@ -31,7 +31,7 @@ def _multiprocessors(index: int) -> int:
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """Of the tensor's device; a few in the interpreter, where one program runs after the other."""
+    """Number of multiprocessors of the tensor's device; 2 in the interpreter, which runs programs in turn."""
     return _multiprocessors(tensor.device.index) if tensor.is_cuda else 2
 
 
@@ -78,13 +78,13 @@ def begin(OVERLAP: tl.constexpr):
 
 @triton.jit
 def inverse_rms(squares, D, EPSILON: tl.constexpr):
-    """``torch_prunepath.rms.inverse_rms`` from a sum of squares."""
+    """One over a token's root mean square, from its sum of squares: ``torch_prunepath.rms.inverse_rms``."""
     return 1.0 / tl.sqrt(squares / D + EPSILON)
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """``torch_prunepath.activations`` in float32."""
+    """An activation function of ``torch_prunepath.activations``, in float32; ``"none"`` gives x."""
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
     if ACTIVATION == "gelu":

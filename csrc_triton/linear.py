@@ -22,7 +22,7 @@ def _product(
     x_ptr, weight_ptr, bias_ptr, y_ptr, block, N, stride_x, stride_d, stride_n,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_N`` outputs of one layer. The first weights are on their way before the token is there."""
+    """Compute ``BLOCK_N`` outputs of one layer. The first weights are on their way before the token is there."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     at = weight_ptr + n.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
@@ -81,13 +81,17 @@ def _linears_one(
 
 
 def _config(inputs: int) -> dict[str, int]:
-    """Measured on an H100, each output's weights contiguous; see docs/log.md."""
+    """How the kernel divides its work: the fastest of those tried on an H100, each output's weights contiguous.
+
+    What it gains is in docs/log.md, "whole models decoding on an H100" (``fuse_linears``); what it was chosen among was
+    not kept.
+    """
     block_d, warps = (1024, 2) if inputs <= 1024 else (2048, 4)
     return {"BLOCK_N": 2, "BLOCK_D": min(block_d, max(16, triton.next_power_of_2(inputs))), "num_warps": warps}
 
 
 def linears(x_1D: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
-    """See :func:`torch_prunepath.ops.linears.linears`."""
+    """Dense linear layers of one token, as :func:`torch_prunepath.ops.linears.linears`."""
     if x_1D.shape[0] != 1 or len(weights_DN) > LINEARS_AT_ONCE:
         given = f"{len(x_1D)} and {len(weights_DN)} given"
         raise ValueError(f"linears takes one token and at most {LINEARS_AT_ONCE} layers: {given}")
@@ -97,7 +101,7 @@ def linears(x_1D: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tenso
     config = _config(D)
     layers: list[object] = []
     for i in range(LINEARS_AT_ONCE):
-        j = min(i, count - 1)  # of a layer that is not there, something of the same kind
+        j = min(i, count - 1)  # for a layer that is not there, something of the same kind
         N = sizes[j] if i < count else 0
         layers += [weights_DN[j], biases_N[j], results[j], N, *weights_DN[j].stride()]
     blocks = sum(triton.cdiv(N, config["BLOCK_N"]) for N in sizes)

@@ -1,4 +1,4 @@
-"""Activation, mask and gates of many tokens in one pass over what dense products left.
+"""Activation, mask and experts' weights of many tokens in one pass over what dense products left.
 
 Shapes: T tokens, F neurons, E experts of S neurons.
 """
@@ -11,16 +11,19 @@ from torch import Tensor
 
 from torch_prunepath.csrc_triton.jit import activate
 
+MOST_AT_ONCE = 2048
+"""How many neurons of a token a program takes, 16 a thread; a guess."""
+
 
 @triton.jit
 def _masked(
-    pre_ptr,
+    up_ptr,
     gate_ptr,
     mask_ptr,
     weights_ptr,
     E,
     F,
-    stride_pre,
+    stride_up,
     stride_gate,
     S: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -32,7 +35,7 @@ def _masked(
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     ok = f < F
     at = t * E + f // S
-    h = tl.load(pre_ptr + t * stride_pre + f, mask=ok, other=0.0).to(tl.float32)
+    h = tl.load(up_ptr + t * stride_up + f, mask=ok, other=0.0).to(tl.float32)
     if GATED:
         h *= activate(tl.load(gate_ptr + t * stride_gate + f, mask=ok, other=0.0).to(tl.float32), ACTIVATION)
     else:
@@ -40,38 +43,40 @@ def _masked(
     if WEIGHTS:
         h *= tl.load(weights_ptr + at, mask=ok, other=0.0)
     h = tl.where(tl.load(mask_ptr + at, mask=ok, other=0) != 0, h, 0.0)
-    tl.store(pre_ptr + t * stride_pre + f, h.to(pre_ptr.dtype.element_ty), mask=ok)
+    tl.store(up_ptr + t * stride_up + f, h.to(up_ptr.dtype.element_ty), mask=ok)
 
 
 def activate_masked_(
-    pre_TF: Tensor,
+    up_TF: Tensor,
     gate_TF: Tensor | None,
     mask_TE: Tensor,
     weights_TE: Tensor | None,
     activation: str,
     expert_size: int,
 ) -> Tensor:
-    """``act(gate) * pre`` (or ``act(pre)``) times the experts' gates, 0 where inactive; in place.
+    """Hidden activations times the experts' weights, 0 where inactive, in place.
+
+    Hidden activations are ``act(gate) * up``, or ``act(up)`` in a plain FFN.
 
     Args:
-        pre_TF: up's output ``[T, F]``, each row contiguous; overwritten and returned.
-        gate_TF: the gate's output, likewise, or None.
+        up_TF: what up answers, ``[T, F]``, each row contiguous; overwritten and returned.
+        gate_TF: what gate answers, likewise, or None.
         mask_TE: bool ``[T, E]``, contiguous.
         weights_TE: float32 ``[T, E]``, contiguous, or None for 1.
         activation: key of ``ACTIVATIONS``, or ``"none"``.
         expert_size: S.
     """
-    T, F = pre_TF.shape
-    block = min(2048, triton.next_power_of_2(F))
-    gate = pre_TF if gate_TF is None else gate_TF
+    T, F = up_TF.shape
+    block = min(MOST_AT_ONCE, triton.next_power_of_2(F))
+    gate = up_TF if gate_TF is None else gate_TF
     _masked[(T, triton.cdiv(F, block))](
-        pre_TF,
+        up_TF,
         gate,
         mask_TE,
         weights_TE,
         mask_TE.shape[1],
         F,
-        pre_TF.stride(0),
+        up_TF.stride(0),
         gate.stride(0),
         S=expert_size,
         ACTIVATION=activation,
@@ -80,4 +85,4 @@ def activate_masked_(
         BLOCK_F=block,
         num_warps=4,
     )
-    return pre_TF
+    return up_TF

@@ -51,7 +51,7 @@ def clear(used_ptr, count_ptr, arrivals_ptr, first, last, column_blocks):
 
 @triton.jit
 def places(used_ptr, E, BLOCK_E: tl.constexpr):
-    """Of every expert: its place in the list of those in use, or -1; and their number."""
+    """Place of every expert in the list of those in use, or -1; and how many there are."""
     j = tl.arange(0, BLOCK_E)
     used = tl.load(used_ptr + j, mask=j < E, other=0)
     return tl.where(used != 0, tl.cumsum(used, axis=0) - 1, -1), tl.sum(used, axis=0)
@@ -59,7 +59,7 @@ def places(used_ptr, E, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def write_order(place, count, order_ptr, count_ptr, BLOCK_E: tl.constexpr):
-    """Store the list of :func:`places`."""
+    """Store the list of experts in use, from what :func:`places` answers."""
     tl.store(order_ptr + place, tl.arange(0, BLOCK_E), mask=place >= 0)
     tl.store(count_ptr, count)
 

@@ -45,7 +45,7 @@ def _rank(
     EPSILON: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """ROWS experts of one token, whose scores are the sum of PARTS parts."""
+    """Whether ROWS experts of one token are active; scores are the sum of PARTS parts."""
     begin(OVERLAP)
     t = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -92,7 +92,11 @@ def _rank(
 
 
 def _config(tokens: int, experts: int) -> dict[str, int]:
-    """Measured on an H100; see docs/log.md. About 128 scores a thread at most, or registers spill."""
+    """How the kernel divides its work: at most about 128 scores a thread, or registers spill.
+
+    For several tokens the fastest of twenty on an H100 (docs/log.md, "whole models decoding on an H100", "selection of
+    several tokens"); for one token what it was chosen among was not kept.
+    """
     if tokens > 1:
         return {"ROWS": 4, "num_warps": max(1, triton.next_power_of_2(experts) // 1024)}
     if experts <= 512:
@@ -109,16 +113,16 @@ def rank(
     late: LateNorm | None = None,
     shared: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, 0 where inactive.
+    """Active experts, bool ``[T, E]``, and the weights of their outputs, float32 ``[T, E]``, 0 where inactive.
 
     Args:
         parts_PTE: float32 parts of the scores, to be summed over P.
         tau: 0-d float32.
         rule: ``"reach"`` or ``"below"``.
-        gate_offset: gates are ``sigmoid(score + gate_offset)``; None: 1.
+        gate_offset: weights are ``sigmoid(score + gate_offset)``; None: 1.
         work: cleared. One token's experts are listed there; of several tokens, which experts are in use.
         late: what is to be done to the sums, or None.
-        shared: the first so many experts are active with gate 1.
+        shared: the first so many experts are active with weight 1.
     """
     parts, T, E = parts_PTE.shape
     mask_TE = torch.empty(T, E, dtype=torch.bool, device=parts_PTE.device)
@@ -145,7 +149,7 @@ def rank(
         SHARED=shared,
         BLOCK_E=triton.next_power_of_2(E),
         NORM=late is not None,
-        BIAS=late is not None and late.bias_E is not None,
+        BIAS=late is not None and late.router_bias_E is not None,
         EPSILON=EPSILON,
         OVERLAP=overlaps(mask_TE),
         **config,

@@ -17,7 +17,11 @@ from torch_prunepath.csrc_triton.order import Workspace, clear
 from torch_prunepath.rms import EPSILON
 
 SPLIT_BLOCK = 128
-"""Columns that a program of several tokens' router reads at a time."""
+"""How many columns a program of several tokens' router reads at a time; what it was chosen among was not kept."""
+
+MOST_SPLITS = 4
+"""Among how many programs the columns of several tokens' router are divided: the selection adds as many parts for every
+score. What it was chosen among was not kept."""
 
 
 @triton.jit
@@ -66,32 +70,36 @@ def _router_one(
 
 
 def _config(hidden: int) -> dict[str, int]:
-    """Measured on an H100; see docs/log.md."""
+    """How one token's kernel divides its work: a row or two a program, so that all multiprocessors have some.
+
+    The fastest of those tried on an H100 while the kernels of docs/log.md, "kernels for one FFN on an H100", grew; what
+    it was chosen among was not kept.
+    """
     if hidden <= 1024:
         return {"ROWS": 1, "BLOCK_D": triton.next_power_of_2(hidden), "num_warps": 1}
     return {"ROWS": 2, "BLOCK_D": 1024, "num_warps": 4}
 
 
 def router_one(
-    x_1D: Tensor, weight_ED: Tensor, bias_E: Tensor | None, work: Workspace, normalise: bool = False
+    x_1D: Tensor, router_ED: Tensor, router_bias_E: Tensor | None, work: Workspace, router_norm: bool = False
 ) -> Tensor:
     """Scores of one token, float32 ``[1, 1, E]``; clears ``work`` on the way."""
-    E, D = weight_ED.shape
+    E, D = router_ED.shape
     parts_PTE = torch.empty(1, 1, E, dtype=torch.float32, device=x_1D.device)
     config = _config(D)
     _router_one[(triton.cdiv(E, config["ROWS"]),)](
         x_1D,
-        weight_ED,
-        bias_E,
+        router_ED,
+        router_bias_E,
         parts_PTE,
         *work[1:],
         E,
         work.arrivals.numel(),
         x_1D.stride(1),
-        *weight_ED.stride(),
+        *router_ED.stride(),
         D=D,
-        BIAS=bias_E is not None,
-        NORM=normalise,
+        BIAS=router_bias_E is not None,
+        NORM=router_norm,
         EPSILON=EPSILON,
         OVERLAP=overlaps(x_1D),
         **config,
@@ -160,7 +168,7 @@ def _router_split(
 
 @triton.jit
 def finish(score, squares_ptr, bias_ptr, t, e, E, D, PARTS: tl.constexpr, BIAS: tl.constexpr, EPSILON: tl.constexpr):
-    """What a :class:`LateNorm` says, of experts ``e`` of token ``t``; -inf where there is no such expert."""
+    """Scores of experts ``e`` of token ``t`` after what :class:`LateNorm` says; -inf where there is no such expert."""
     squares = tl.load(squares_ptr + t * PARTS)
     for part in tl.static_range(1, PARTS):
         squares += tl.load(squares_ptr + t * PARTS + part)
@@ -175,40 +183,40 @@ class LateNorm(NamedTuple):
 
     Attributes:
         squares_TP: float32, each part's sum of ``x^2``.
-        bias_E: the router's, or None.
+        router_bias_E: ``[E]``, or None.
         hidden: D.
     """
 
     squares_TP: Tensor
-    bias_E: Tensor | None
+    router_bias_E: Tensor | None
     hidden: int
 
 
-def late_norm(x_TD: Tensor, bias_E: Tensor | None) -> LateNorm:
-    """For :func:`router_split` to fill, and for the selection to apply."""
+def late_norm(x_TD: Tensor, router_bias_E: Tensor | None) -> LateNorm:
+    """Uninitialised; :func:`router_split` fills it, and the selection applies it."""
     T, D = x_TD.shape
-    return LateNorm(torch.empty(T, _splits(D), dtype=torch.float32, device=x_TD.device), bias_E, D)
+    return LateNorm(torch.empty(T, _splits(D), dtype=torch.float32, device=x_TD.device), router_bias_E, D)
 
 
 def _splits(hidden: int) -> int:
-    return min(4, triton.cdiv(hidden, SPLIT_BLOCK))  # type: ignore[no-any-return]
+    return min(MOST_SPLITS, triton.cdiv(hidden, SPLIT_BLOCK))  # type: ignore[no-any-return]
 
 
 def router_split(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, work: Workspace, late: LateNorm | None = None
+    x_TD: Tensor, router_ED: Tensor, router_bias_E: Tensor | None, work: Workspace, late: LateNorm | None = None
 ) -> Tensor:
     """Parts of the scores, float32 ``[splits, T, E]``, to be summed; clears ``work`` on the way.
 
     With ``late``, to be summed and normalised, and to get their bias then.
     """
-    (T, D), E = x_TD.shape, weight_ED.shape[0]
+    (T, D), E = x_TD.shape, router_ED.shape[0]
     rows, splits = 16, _splits(D)
     share = triton.cdiv(triton.cdiv(D, SPLIT_BLOCK), splits)
     partial = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)
     _router_split[(triton.cdiv(E, rows), splits)](
         x_TD,
-        weight_ED,
-        bias_E,
+        router_ED,
+        router_bias_E,
         partial,
         None if late is None else late.squares_TP,
         *work[1:],
@@ -216,14 +224,14 @@ def router_split(
         E,
         work.arrivals.numel(),
         *x_TD.stride(),
-        *weight_ED.stride(),
+        *router_ED.stride(),
         D=D,
         SHARE=share,
         BLOCK_T=max(16, triton.next_power_of_2(T)),
         ROWS=rows,
         BLOCK_D=SPLIT_BLOCK,
-        BIAS=bias_E is not None and late is None,
-        UPCAST=interpreted() or x_TD.dtype != weight_ED.dtype,
+        BIAS=router_bias_E is not None and late is None,
+        UPCAST=interpreted() or x_TD.dtype != router_ED.dtype,
         NORM=late is not None,
         OVERLAP=overlaps(x_TD),
         num_warps=4,

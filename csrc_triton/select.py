@@ -16,6 +16,9 @@ from torch_prunepath.csrc_triton.jit import begin, launch_options, overlaps
 from torch_prunepath.csrc_triton.router import LateNorm, finish
 from torch_prunepath.rms import EPSILON
 
+LOWEST = tl.constexpr(128.0)
+"""How far below the largest score an expert has no probability left: exp(-128) is 0 in float32."""
+
 
 @triton.jit
 def _select(
@@ -58,8 +61,8 @@ def _select(
     hi = tl.max(z, axis=0)
     p = tl.exp(z - hi)
     total = tl.sum(p, axis=0)
-    # The lowest score of which something is active lies in (lo, hi]: what is 128 lower has no probability left.
-    lo = hi - 128.0
+    # The lowest score of which something is active lies in (lo, hi]: what is lower than that has no probability left.
+    lo = hi - LOWEST
     parts = (tl.arange(0, WAYS) + 1).to(tl.float32) / (WAYS + 1)
     more = hi > lo
     while more:
@@ -98,7 +101,11 @@ def _select(
 
 
 def _config(tokens: int, block: int) -> dict[str, int]:
-    """One warp needs no barriers; more probes at once pay while tokens do not fill the device."""
+    """How the kernel divides its work: one warp needs no barriers, and more probes pay while tokens leave places free.
+
+    The search in one warp took the place of one with 25 barriers (docs/log.md, "kernels for one FFN on an H100",
+    "selection by bisection"); 64 tokens and 1024 experts are guesses.
+    """
     return {"WAYS": 4 if tokens <= 64 else 2, "num_warps": 1 if block <= 1024 else 4}
 
 
@@ -136,7 +143,7 @@ def _launch(
             SHARED=shared,
             BLOCK_E=block,
             NORM=late is not None,
-            BIAS=late is not None and late.bias_E is not None,
+            BIAS=late is not None and late.router_bias_E is not None,
             EPSILON=EPSILON,
             OVERLAP=overlaps(mask_TE),
             **_config(T, block),
@@ -159,16 +166,16 @@ def select_weights(
     late: LateNorm | None = None,
     shared: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, 0 where inactive.
+    """Active experts, bool ``[T, E]``, and the weights of their outputs, float32 ``[T, E]``, 0 where inactive.
 
     Args:
         scores_PTE: float32 parts of the scores, summed over P.
         tau: 0-d float32.
         rule: ``"reach"`` or ``"below"``.
-        gate_offset: gates are ``sigmoid(score + gate_offset)``; None: 1.
+        gate_offset: weights are ``sigmoid(score + gate_offset)``; None: 1.
         used_E: int32 ``[E]``, set to 1 for experts that some token activates, or None.
         late: what is to be done to the sums, or None.
-        shared: the first so many experts are active with gate 1.
+        shared: the first so many experts are active with weight 1.
     """
     _, T, E = scores_PTE.shape
     weights_TE = torch.empty(T, E, dtype=torch.float32, device=scores_PTE.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_prunepath.csrc_triton.jit import activate, begin, interpreted, launch_options, multiprocessors, overlaps
 from torch_prunepath.csrc_triton.order import Workspace, places, write_order
+from torch_prunepath.weights import UpWeights
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def _products_one(
     BLOCK_D: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """``up[row] @ x`` and ``gate[row] @ x`` of one token, in float32: each ``[1, ROWS]``."""
+    """Products of one token, ``up[row] @ x`` and ``gate[row] @ x``, in float32: each ``[1, ROWS]``."""
     up_at = up_ptr + row.to(tl.int64)[:, None] * stride_up_f
     gate_at = gate_ptr + row.to(tl.int64)[:, None] * stride_gate_f
     h = tl.zeros((ROWS,), tl.float32)
@@ -72,7 +73,7 @@ def _products(
     GATED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``x @ up[row].T`` and ``x @ gate[row].T`` of several tokens, in float32: each ``[BLOCK_T, ROWS]``."""
+    """Products of several tokens, ``x @ up[row].T`` and ``x @ gate[row].T``, in float32: each ``[BLOCK_T, ROWS]``."""
     t = tl.arange(0, BLOCK_T)
     x_at = x_ptr + t.to(tl.int64)[:, None] * stride_t
     up_at = up_ptr + row.to(tl.int64)[None, :] * stride_up_f
@@ -184,7 +185,12 @@ def _up(
 
 
 def _config(tokens: int, hidden: int, expert_size: int, gated: bool, element_size: int) -> dict[str, int]:
-    """Measured on an H100; see docs/log.md."""
+    """How the kernel divides its work, the fastest of those tried on an H100.
+
+    One token: whole rows of gate and up at once, by a fixed number of programs that deal the rows out (docs/log.md,
+    "kernels for one FFN on an H100"). Several: 32 rows, two warps, three programs a multiprocessor ("whole models
+    decoding on an H100", "block sizes for several tokens"). Other numbers that were tried for one token were not kept.
+    """
     if tokens == 1:
         wide = hidden > 2048
         block, rows, stages = 4096, 4 if wide and not gated else 2, 1
@@ -206,10 +212,7 @@ def up(
     x_TD: Tensor,
     mask_TE: Tensor,
     weights_TE: Tensor | None,
-    up_FD: Tensor,
-    up_bias_F: Tensor | None,
-    gate_FD: Tensor | None,
-    gate_bias_F: Tensor | None,
+    weights: UpWeights,
     activation: str,
     expert_size: int,
     work: Workspace,
@@ -220,16 +223,14 @@ def up(
     Args:
         x_TD: ``[T, D]``.
         mask_TE: bool ``[T, E]``, contiguous.
-        weights_TE: float32 gates ``[T, E]``, contiguous, to multiply by; None: 1.
-        up_FD: rows ``[F, D]``, any strides; so is ``gate_FD``.
-        up_bias_F: ``[F]`` or None.
-        gate_FD: ``[F, D]`` or None.
-        gate_bias_F: ``[F]`` or None.
+        weights_TE: float32 ``[T, E]``, contiguous, to multiply by; None: 1.
+        weights: of up and gate.
         activation: key of ``ACTIVATIONS``, or ``"none"``.
         expert_size: S.
         work: which experts are in use (the list, for one token).
         h_TF: result ``[T, F]``, contiguous: written where an expert is in use, 0 for tokens that do not activate it.
     """
+    up_FD, up_bias_F, gate_FD, gate_bias_F = weights
     (T, D), F, E = x_TD.shape, up_FD.shape[0], mask_TE.shape[1]
     config = _config(T, D, expert_size, gate_FD is not None, x_TD.element_size())
     programs = min(config.pop("programs") * multiprocessors(x_TD), triton.cdiv(E * expert_size, config["ROWS"]))

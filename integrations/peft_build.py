@@ -23,7 +23,11 @@ from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.views import sparse_layers
 
 SAMPLE = 64
-"""Weights of the base model that an adapter remembers, to know it again."""
+"""How many weights of the base model an adapter remembers, to know it again: few enough for a configuration file."""
+
+SAME_MODEL = 0.7
+"""How far apart two samples of one model may be, relative to the longer one. Unrelated ones are about 1.4 apart;
+fine-tuning moves weights by a few percent. Halfway between, not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +35,9 @@ class Made:
     """An adapter, not yet on its base model.
 
     Attributes:
-        manifest: what it is.
+        manifest: what the adapter is.
         parts: each FFN in the base model, and what the adapter holds for it.
-        sample: see :func:`sample_of`.
+        sample: some of the base model's weights, see :func:`sample_of`.
     """
 
     manifest: Manifest
@@ -50,7 +54,7 @@ def check_base(root: nn.Module) -> None:
     """Refuse a base model that cannot take adapters.
 
     Raises:
-        ValueError: with a remedy.
+        ValueError: if it has adapters already, is sparse, or is quantised.
     """
     if isinstance(root, PeftModel | BaseTuner):
         raise ValueError(
@@ -76,7 +80,7 @@ def check_base(root: nn.Module) -> None:
 
 @contextlib.contextmanager
 def bare(root: nn.Module) -> Iterator[None]:
-    """The base model without any adapter; afterwards they are back where they were."""
+    """Take every adapter off the base model, and put them back where they were afterwards."""
     ours = list(layers_of(root).values())
     wrapped = [
         (parent, name, child)
@@ -132,8 +136,8 @@ def remake(root: nn.Module, manifest: Manifest, sample: list[float], source: str
 
     Args:
         root: the base model.
-        manifest: of the saved adapter.
-        sample: of the base model that it was made for.
+        manifest: what the saved adapter is.
+        sample: some weights of the base model that it was made for.
         source: that model's name, for messages.
 
     Raises:
@@ -170,7 +174,7 @@ def _empty(view: FFNView, layer: LayerManifest) -> AdapterState:
     spec, weight = view.spec, weight_out_in(view.up)
     experts = num_experts(spec.ffn_size, layer.experts.expert_size)
     bias_E = weight.new_zeros(experts) if layer.router_bias else None
-    router = Router.of(weight.new_zeros(experts, spec.hidden_size), bias_E, normalise=layer.router_norm)
+    router = Router.of(weight.new_zeros(experts, spec.hidden_size), bias_E, router_norm=layer.router_norm)
     order_F = torch.arange(spec.ffn_size, device=weight.device)
     return AdapterState(layer.experts, layer.budget, router, order_F, layer.tau, filled=False)
 
@@ -190,7 +194,7 @@ def resembles(mine: list[float], theirs: list[float]) -> bool:
     if not mine or not theirs:
         return True
     size = max(math.hypot(*mine), math.hypot(*theirs))
-    return math.dist(mine, theirs) <= 0.7 * size if len(mine) == len(theirs) else False
+    return math.dist(mine, theirs) <= SAME_MODEL * size if len(mine) == len(theirs) else False
 
 
 def attach_parts(root: nn.Module, made: Made, adapter_name: str) -> list[PrunePathLayer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from peft import PeftConfig
 
@@ -27,27 +27,23 @@ class _Type(str):
 
 PRUNEPATH = _Type("PRUNEPATH")
 _AT_RUN_TIME = ("calibration", "tokenizer", "progress")
+"""Fields that are no part of a saved adapter."""
+
 _SPARSIFY = tuple(f.name for f in dataclasses.fields(SparsifyConfig))
+_HINTS = get_type_hints(SparsifyConfig)
+# Not SparsifyConfig itself: it is frozen, and peft changes configs.
+_Settings = dataclasses.make_dataclass(
+    "_Settings", [(f.name, _HINTS[f.name], field(default=f.default)) for f in dataclasses.fields(SparsifyConfig)]
+)
 
 
 @dataclass
-class PrunePathConfig(PeftConfig):
-    """What a PrunePath adapter is.
+class PrunePathConfig(_Settings, PeftConfig):  # type: ignore[misc, valid-type]
+    """What a PrunePath adapter is. It has every field of :class:`torch_prunepath.SparsifyConfig`, and these.
 
     Attributes:
         tau: router mass that the active experts must reach, in (0, 1]; the adapter's own can be changed with
             :func:`torch_prunepath.set_tau` and :func:`torch_prunepath.set_sparsity`, and is saved with it.
-        expert_size: this and the next fields are those of :class:`torch_prunepath.SparsifyConfig`.
-        partition: see there.
-        router: see there.
-        router_norm: see there.
-        shared_experts: see there.
-        rule: see there.
-        gate: see there.
-        gate_offset: see there.
-        budget: see there.
-        calibration_tokens: see there.
-        seed: see there.
         router_loss: weight of the loss that fits routers to what their experts contribute (``contribution_fit``); it is
             added to the loss that the model returns while it trains. With ``gate="one"`` nothing else trains routers.
         calibration: data for a new adapter, as :func:`torch_prunepath.sparsify` takes it. Neither it nor the two next
@@ -62,17 +58,6 @@ class PrunePathConfig(PeftConfig):
     """
 
     tau: float = 0.9
-    expert_size: int = 8
-    partition: str = "coactivation"
-    router: str = "fitted"
-    router_norm: bool = False
-    shared_experts: int | float = 0
-    rule: str = "reach"
-    gate: str = "one"
-    gate_offset: float = 0.0
-    budget: str = "sensitivity"
-    calibration_tokens: int = 16384
-    seed: int = 0
     router_loss: float = 1.0
     calibration: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)

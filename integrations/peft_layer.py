@@ -1,7 +1,7 @@
 """One FFN of a base model under PrunePath adapters.
 
 The FFN runs as it is, every neuron, in the base model's order, through whatever other adapters wrap its projections;
-what enters its last projection is weighed: neurons of inactive experts by 0, others by their expert's gate. So no
+what enters its last projection is weighed: neurons of inactive experts by 0, others by their expert's weight. So no
 adapter ever moves a weight of the base model: adapters with permutations of their own live side by side, those of other
 kinds never see neurons change places, and a disabled adapter costs the dense model no bit. What this gives away is
 speed, until ``merge_and_unload`` has put the neurons into expert order.
@@ -24,17 +24,18 @@ from torch_prunepath.config import FFNSpec
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts
 from torch_prunepath.layer.ffn import bias_of, weight_out_in
 from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.tau import Float32Tau
 
 STORED = "routing"
-"""Under this name a layer's adapters stand in state dicts, ``prunepath.routing.<adapter>.router.weight``, and not under
-that of their container: adapters of other kinds would save them as a part of themselves."""
+"""The name of a layer's adapters in state dicts, ``prunepath.routing.<adapter>.router.weight``, in place of their
+container's: adapters of other kinds would save them as a part of themselves."""
 
 
-class AdapterState(nn.Module):
+class AdapterState(Float32Tau):
     """What one adapter holds for one FFN: its router, the permutation that forms its experts, and tau.
 
     Args:
-        experts: size, rule and gate of its experts.
+        experts: how its experts are chosen and weighed.
         budget: how much of the model's tau this layer takes part in.
         router: ``Router(D, E)``.
         order_F: int, the permutation.
@@ -43,7 +44,6 @@ class AdapterState(nn.Module):
     """
 
     permutation: Tensor
-    tau: Tensor
     expert_of_F: Tensor
 
     def __init__(
@@ -59,14 +59,6 @@ class AdapterState(nn.Module):
     def _experts_of_neurons(self) -> Tensor:
         """Which expert each neuron of the base model belongs to, int64 ``[F]``."""
         return torch.argsort(self.permutation.to(torch.int64)) // self.experts.expert_size
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # half() and to(bfloat16) move every floating point buffer; tau must keep its float32 value.
-        tau = self.tau
-        super()._apply(fn, recurse)
-        if self.tau.dtype != tau.dtype:
-            self.tau = tau.to(self.tau.device)
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -102,17 +94,17 @@ class InExpertOrder(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]``, a copy."""
+        """The projection's weight ``[out, in]``, a copy."""
         return weight_out_in(innermost(self._module())).index_select(1 if self.part == "down" else 0, self._order())
 
     @property
     def bias(self) -> Tensor | None:
-        """``[out]``, a copy, or None."""
+        """The projection's bias ``[out]``, a copy, or None."""
         bias = bias_of(innermost(self._module()))
         return bias if bias is None or self.part == "down" else bias.index_select(0, self._order())
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Of the module that runs."""
+        """Hook into the module that runs, in place of this one."""
         return self._module().register_forward_pre_hook(*args, **kwargs)
 
 
@@ -159,7 +151,7 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
     # What a sparse layer has, from the active adapter.
 
     def state(self) -> AdapterState:
-        """The active adapter's.
+        """What the active adapter holds.
 
         Raises:
             ValueError: if none is active.
@@ -171,34 +163,34 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
 
     @property
     def router(self) -> Router:  # type: ignore[override]
-        """The active adapter's."""
+        """The active adapter's router."""
         return self.state().router
 
     @property
     def tau(self) -> Tensor:  # type: ignore[override]
-        """The active adapter's, 0-d float32."""
+        """The active adapter's tau, 0-d float32."""
         return self.state().tau
 
     @property
     def permutation(self) -> Tensor:  # type: ignore[override]
-        """The active adapter's, int32 ``[F]``."""
+        """The active adapter's order of neurons, int32 ``[F]``."""
         return self.state().permutation
 
     @property
     def experts(self) -> ExpertsSpec:  # type: ignore[override]
-        """The active adapter's."""
+        """How the active adapter's experts are chosen and weighed."""
         return self.state().experts
 
     @property
     def budget(self) -> float:  # type: ignore[override]
-        """The active adapter's."""
+        """How much of the model's tau the active adapter takes part in here."""
         return self.state().budget
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         return nn.Module._apply(self, fn, recurse)  # each adapter looks after its own tau
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Of the module that gives the FFN's output: this one is never called."""
+        """Hook into the module that gives the FFN's output: this one is never called."""
         last = self.module_of("down") if self.spec.split else vars(self)["owner"]
         return last.register_forward_hook(*args, **kwargs)
 
@@ -251,24 +243,24 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
     def _weigh(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._routing is None:
             return None
-        (mask_TE, gates_TE), self._routing = self._routing, None
+        (mask_TE, weights_TE), self._routing = self._routing, None
         h, expert_of_F = args[0], self.state().expert_of_F
         h_TF = h.reshape(-1, h.shape[-1]).masked_fill(~mask_TE.index_select(1, expert_of_F), 0.0)
-        if gates_TE is not None:
-            h_TF = h_TF * gates_TE.index_select(1, expert_of_F).to(h_TF.dtype)
+        if weights_TE is not None:
+            h_TF = h_TF * weights_TE.index_select(1, expert_of_F).to(h_TF.dtype)
         return h_TF.reshape(h.shape), *args[1:]
 
     # What PEFT asks of a tuner layer.
 
     def get_base_layer(self) -> nn.Module:
-        """The FFN's first projection: where its weights are, and in which dtype."""
+        """The FFN's first projection, which tells where the weights are and in which dtype."""
         return innermost(self.module_of("up"))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing: the adapter changes no weight. Other adapters' ``merge_adapter`` call it."""
+        """Do nothing: the adapter changes no weight. Other adapters' ``merge_adapter`` call it."""
 
     def unmerge(self) -> None:
-        """Nothing: see :meth:`merge`."""
+        """Do nothing: see :meth:`merge`."""
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         if adapter_name in self.adapters:
@@ -276,7 +268,7 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
 
 
 def child_name(spec: FFNSpec) -> str:
-    """Under which name a layer is a child of its FFN's owner, which may hold several FFNs that are split."""
+    """Name of a layer as a child of its FFN's owner, which may hold several FFNs that are split."""
     return "_".join(["prunepath", *(spec.up.split(".") if spec.split else [])])
 
 

@@ -23,7 +23,7 @@ _OURS = re.compile(r"\.prunepath(_\w+)?\.[a-z.]+$")
 
 
 def shapes_of(state: nn.Module) -> dict[str, Shape]:
-    """The shapes of the tensors that are saved of an adapter for one FFN, by name."""
+    """Shapes of the tensors that an adapter saves for one FFN, by name."""
     return {name: tuple(tensor.shape) for name, tensor in state.state_dict().items()}
 
 
@@ -50,7 +50,7 @@ def _is_permutation(order_F: Tensor) -> bool:
 
 
 def drop_empty(model: nn.Module, adapter_name: str) -> bool:
-    """Take an adapter back that no weights have reached, so that the base model is as it was; whether it was such."""
+    """Take back an adapter that no weights have reached, and leave the base model as it was; returns whether it did."""
     dropped = False
     for layer in layers_of(model).values():
         if not layer.adapters[adapter_name].filled:
@@ -114,4 +114,4 @@ def make_sparse(root: nn.Module, layers: Sequence[PrunePathLayer], states: Seque
 
 def _copied(router: Router, dtype: torch.dtype) -> Router:
     bias_E = None if router.bias is None else router.bias.detach().to(dtype, copy=True)
-    return Router.of(router.weight.detach().to(dtype, copy=True), bias_E, normalise=router.normalise)
+    return Router.of(router.weight.detach().to(dtype, copy=True), bias_E, router_norm=router.router_norm)

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+
+# From the very modules: this one may be imported while the packages around them are only half imported.
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torch_prunepath.layer.ffn import FFNView
@@ -96,7 +99,8 @@ def _check_permutation(view: FFNView) -> None:
     order_F: torch.Tensor = site.permutation  # type: ignore[assignment]
     if not torch.equal(order_F.sort().values.cpu(), torch.arange(view.spec.ffn_size, dtype=order_F.dtype)):
         raise ValueError(
-            f"damaged checkpoint: the permutation of {view.site} is none; save or download the model again"
+            f"damaged checkpoint: {view.site}.permutation is not a permutation of its neurons; "
+            "save or download the model again"
         )
 
 

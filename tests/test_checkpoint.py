@@ -17,8 +17,26 @@ from transformers import AutoModel, AutoModelForCausalLM
 import torch_prunepath
 from torch_prunepath import SparsifyConfig, densify, load, set_tau, sparse_layers, sparsify
 from torch_prunepath.checkpoint import read_info
+from torch_prunepath.config import FFNSpec
+from torch_prunepath.layer import ExpertsSpec
+from torch_prunepath.layer.manifest import LayerManifest, Manifest, attached
 
 CONFIG = SparsifyConfig(expert_size=8, partition="kmeans", router="centroid", budget="uniform")
+
+FORMAT_1 = """
+{"quant_method": "prunepath", "format_version": 1, "layers": [{"ffn": {"name": "model.layers.0.mlp", "up":
+"up_proj", "down": "down_proj", "activation": "silu", "hidden_size": 32, "ffn_size": 37, "split": false, "gate":
+"gate_proj", "fused": null, "hidden_dropout": null, "output_dropout": null}, "experts": {"expert_size": 8, "rule":
+"reach", "gate": "one", "gate_offset": 0.0, "shared": 0}, "tau": 0.25, "budget": 1.0, "router_bias": false,
+"router_norm": false, "selection": null}, {"ffn": {"name": "model.layers.1.mlp", "up": "up_proj", "down":
+"down_proj", "activation": "silu", "hidden_size": 32, "ffn_size": 37, "split": false, "gate": "gate_proj", "fused":
+null, "hidden_dropout": null, "output_dropout": null}, "experts": {"expert_size": 8, "rule": "reach", "gate": "one",
+"gate_offset": 0.0, "shared": 0}, "tau": 0.5, "budget": 1.0, "router_bias": false, "router_norm": false,
+"selection": null}], "config": {"expert_size": 8, "partition": "random", "router": "centroid", "router_norm": false,
+"shared_experts": 0, "rule": "reach", "gate": "one", "gate_offset": 0.0, "budget": "uniform", "calibration_tokens":
+16384, "seed": 0}}
+"""
+"""What format 1 wrote for the llama of these tests: random experts of 8, centroid routers, one tau for each layer."""
 
 
 def first_output(model, inputs):  # type: ignore[no-untyped-def]
@@ -153,17 +171,58 @@ def test_newer_format_is_refused(saved, tmp_path: Path) -> None:  # type: ignore
             call(directory)
 
 
+def test_format_1_is_still_read(tmp_path: Path) -> None:
+    model, inputs = ARCHITECTURES["llama"]()
+    config = SparsifyConfig(expert_size=8, partition="random", router="centroid", budget="uniform")
+    set_tau(sparsify(model, config=config, progress=False), [0.25, 0.5])
+    model.save_pretrained(tmp_path)
+    old = json.loads(FORMAT_1)
+    edit_config(tmp_path, lambda manifest: (manifest.clear(), manifest.update(old)))
+    loaded = load(tmp_path)
+    assert [float(layer.tau) for layer in sparse_layers(loaded).values()] == [0.25, 0.5]
+    assert torch.equal(first_output(loaded, inputs), first_output(model, inputs))
+    assert Manifest.from_dict(old) == attached(model) == attached(loaded)
+    assert read_info(tmp_path)["format_version"] == 1, "what the file has, not what it would be written as"
+
+
+def test_what_layers_share_is_written_once(saved) -> None:  # type: ignore[no-untyped-def]
+    written = json.loads((saved[2] / "config.json").read_text())["quantization_config"]
+    assert written["format_version"] == 2
+    assert written["shared"]["ffn"]["activation"] == "silu" and written["shared"]["experts"]["expert_size"] == 8
+    for number, layer in enumerate(written["layers"]):
+        assert layer.pop("ffn") == {"name": f"model.layers.{number}.mlp"}
+        assert layer.keys() == {"tau", "budget"}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("differ", [(), ("budget",), ("ffn_size", "gate"), ("shared", "router_bias")], ids=str)
+def test_any_manifest_survives_the_round_trip(layers: int, differ: tuple[str, ...]) -> None:
+    """Also where layers differ in what they usually share."""
+
+    def layer(i: int) -> LayerManifest:
+        odd = {name: i % 2 == 1 for name in differ}
+        gate = None if odd.get("gate") else "gate"
+        ffn = FFNSpec(f"layers.{i}", "up", "down", "silu", 8, 64 if odd.get("ffn_size") else 32, gate=gate)
+        experts = ExpertsSpec(8, shared=int(odd.get("shared", False)))
+        return LayerManifest(ffn, experts, 0.5, 1.0 + odd.get("budget", False), odd.get("router_bias", False))
+
+    manifest = Manifest(tuple(map(layer, range(layers))), SparsifyConfig())
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda m: m.pop("layers"),
+        lambda m: m.pop("shared"),
+        lambda m: m.update(shared=3),
         lambda m: m.pop("format_version"),
         lambda m: m["layers"][0].pop("ffn"),
         lambda m: m["layers"][0].update(tau=7),
         lambda m: m["layers"][0].update(surprise=1),
         lambda m: m["layers"][0]["ffn"].update(activation="sine"),
     ],
-    ids=["layers", "version", "ffn", "tau", "unknown-key", "activation"],
+    ids=["layers", "shared", "no-dict", "version", "ffn", "tau", "unknown-key", "activation"],
 )
 def test_damaged_manifest_is_refused(saved, tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
     directory = copied(saved[2], tmp_path)
@@ -191,7 +250,7 @@ def test_damaged_permutation_is_refused(saved, tmp_path: Path) -> None:  # type:
     tensors = load_file(file)
     tensors["model.layers.0.mlp.permutation"].zero_()
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="damaged checkpoint: the permutation"):
+    with pytest.raises(ValueError, match="permutation is not a permutation of its neurons"):
         load(directory)
 
 

@@ -1,8 +1,9 @@
 """The documentation: its examples run, its commands are taken by the real parsers, its reference is complete.
 
 Every ```python and ```pycon block of a page runs, in order, in one namespace and in an empty folder. What pages take
-for granted (``name``, ``model``, ``tokenizer``, ``texts`` and a few more) is tiny here. A block after the line
-``<!-- not run: REASON -->`` is compiled only.
+for granted (``name``, ``model``, ``tokenizer``, ``texts`` and a few more) is tiny here; the pages that a newcomer reads
+first, the README among them, take nothing for granted, and the model that they name on the hub is a tiny local one. A
+block after the line ``<!-- not run: REASON -->`` is compiled only.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import doctest
-import importlib.util
+import importlib
 import inspect
+import json
 import re
 import shlex
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -66,12 +71,23 @@ def blocks_of(path: Path) -> list[Block]:
     ]
 
 
+README = "README.md"
+
+
+def source(page: str) -> Path:
+    return (ROOT if page == README else DOCS) / page
+
+
 def has_examples(page: str) -> bool:
-    return page not in ELSEWHERE and any(block.language in CODE for block in blocks_of(DOCS / page))
+    return page not in ELSEWHERE and any(block.language in CODE for block in blocks_of(source(page)))
 
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-EXAMPLES = [page for page in PAGES if has_examples(page)]
+EXAMPLES = [page for page in [README, *PAGES] if has_examples(page)]
+COMPLETE = (README, "index.md", "quickstart.md")
+"""Pages whose code runs as it stands, with nothing defined before it."""
+HUB = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+"""What they load; a tiny model in a folder stands for it here, since tests reach no hub."""
 TEXTS = [f"{'abcdefghij' * i} is a text, and {i} is its number." for i in range(1, 7)]
 
 
@@ -85,6 +101,8 @@ def sparse_model() -> Any:
 
 def names_for(page: str, folder: Path) -> dict[str, Any]:
     """What the pages take for granted."""
+    if page in COMPLETE:
+        return {"__name__": page, "FOLDER": str(save_tiny_llama(folder / "base"))}
     sparse = page in ("checkpoints.md", "choosing-tau.md", "compiling.md", "evaluating.md")
     tokenizer = byte_tokenizer()
     return {
@@ -139,7 +157,8 @@ def local_tasks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def execute(block: Block, page: str, names: dict[str, Any]) -> None:
     if block.language == "python":
-        code = compile("\n" * (block.line - 1) + block.code, str(DOCS / page), "exec")
+        text = block.code.replace(HUB, "FOLDER") if page in COMPLETE else block.code
+        code = compile("\n" * (block.line - 1) + text, str(source(page)), "exec")
         if block.runs:
             exec(code, names)
         return
@@ -157,7 +176,7 @@ def test_examples(page: str, surroundings: Path, monkeypatch: pytest.MonkeyPatch
         local_tasks(monkeypatch, surroundings)
     torch.manual_seed(0)
     names = names_for(page, surroundings)
-    for block in blocks_of(DOCS / page):
+    for block in blocks_of(source(page)):
         if block.language in CODE:
             execute(block, page, names)
     if page in EXPECTED:
@@ -165,6 +184,7 @@ def test_examples(page: str, surroundings: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _quickstart(names: dict[str, Any]) -> None:
+    assert names["name"] == names["FOLDER"]
     assert (Path("sparse-model") / "tokenizer.json").is_file()
     assert len(sparse_layers(names["model"])) == 2
     assert 0.0 < names["record"].sparsity < 1.0
@@ -189,6 +209,8 @@ def _compiling(names: dict[str, Any]) -> None:
 
 
 EXPECTED: dict[str, Callable[[dict[str, Any]], None]] = {
+    README: _quickstart,
+    "index.md": _quickstart,
     "quickstart.md": _quickstart,
     "training.md": _training,
     "checkpoints.md": _checkpoints,
@@ -200,7 +222,12 @@ EXPECTED: dict[str, Callable[[dict[str, Any]], None]] = {
 def test_every_page_with_examples_is_run() -> None:
     assert all((ROOT / "tests" / test).is_file() for test in ELSEWHERE.values())
     wanted = {"quickstart.md", "how-it-works.md", "choosing-tau.md", "training.md", "compiling.md", "evaluating.md"}
-    assert set(EXAMPLES) >= wanted | {"checkpoints.md", "adding-an-ffn.md", "index.md"}
+    assert set(EXAMPLES) >= wanted | {"checkpoints.md", "adding-an-ffn.md", *COMPLETE}
+
+
+def test_the_overview_starts_as_the_readme_does() -> None:
+    (snippet,), (same,) = ([b.code for b in blocks_of(source(p)) if b.language == "python"] for p in COMPLETE[:2])
+    assert snippet == same and HUB in snippet
 
 
 def test_a_wrong_example_fails(tmp_path: Path) -> None:
@@ -361,9 +388,61 @@ def test_commits_beside_numbers_are_those_of_the_results() -> None:
         assert named and all(commit in kept for commit in named), page
 
 
-def test_the_quick_start_s_table_is_the_readme_s() -> None:
-    (table,) = [block.code for block in blocks_of(DOCS / "quickstart.md") if block.language == "text"]
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+# --- the README -------------------------------------------------------------------------------------------------------
+
+
+def readme_row(start: str) -> list[str]:
+    """The cells of a row of the README's tables, without the first and without the link."""
+    lines = (ROOT / README).read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("| ").split(" |")[1:-1]]
+
+
+def record(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / README).read_text(encoding="utf-8").splitlines()) <= 110
+
+
+@pytest.mark.parametrize(("start", "name"), [("one FFN of Qwen2-7B", "ffn-h100"), ("all of Qwen2-7B", "decode-h100")])
+def test_the_readme_s_speed_on_a_gpu_is_recorded(start: str, name: str) -> None:
+    rows = [row for run in record(name)["runs"] for row in run["rows"]]
+    rows = [row for row in rows if (row["geometry"], row["expert_size"], row["tokens"]) == ("qwen2-7b", 64, 1)]
+    found = {row["sparsity"]: f"{row['speedup']:.2f}x" for row in rows}
+    assert readme_row(start) == [found[share] for share in (0.5, 0.8, 0.9)]
+
+
+def test_the_readme_s_speed_on_a_cpu_is_recorded() -> None:
+    rows = [row for row in record("cpu-rows")["rows"] if (row["geometry"], row["T"]) == ("llama-3.2-1b", 1)]
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    near = (min(rows, key=lambda row: abs(row["sparsity"] - share)) for share in (0.5, 0.8, 0.9))
+    assert readme_row("one FFN of Llama-3.2-1B") == [f"{row['ratio'][0]:.1f}x" for row in near]
+
+
+def test_the_readme_s_untrained_perplexities_are_recorded() -> None:
+    kept = record("quality-smollm2-135m")
+    rows = [(row["method"], row["perplexity"]) for row in kept["rows"]]
+    routed = next(
+        row["perplexity"] for row in kept["rows"] if (row.get("router"), row.get("budget")) == ("fitted", "sensitivity")
+    )
+    best = min((found for method, found in rows if method.startswith("static")), key=lambda found: found["0.5"])
+    for start, found in (("without training: routed", routed), ("without training: the best static", best)):
+        assert readme_row(start) == [f"{x:.1f}" for x in (kept["dense"], found["0.3"], found["0.5"])] + [""]
+
+
+@pytest.mark.parametrize(("start", "method"), [("routed", "held"), ("the best static", "static-wanda")])
+def test_the_readme_s_trained_perplexities_are_recorded(start: str, method: str) -> None:
+    runs = [run for run in record("adaptation-h200")["runs"] if run["run"]["settings"] == {"distill_logits": 1.0}]
+
+    def mean_of(method: str, share: float | None) -> str:
+        asked = [run for run in runs if (run["run"]["method"], run["run"]["sparsity"]) == (method, share)]
+        values = [row["perplexity"] for run in asked for row in run["rows"] if row["text"] == "books"]
+        return f"{sum(values) / len(values):.1f}" if values else ""
+
+    wanted = [mean_of("dense", None), *(mean_of(method, share) for share in (0.3, 0.5, 0.8))]
+    assert readme_row(f"trained for that sparsity: {start}") == wanted
 
 
 def test_the_table_of_passes_names_them_all() -> None:
@@ -372,47 +451,83 @@ def test_the_table_of_passes_names_them_all() -> None:
     assert set(PASSES) <= {row[0].strip("`") for row in rows_of("compiling.md")}
 
 
-# --- the reference ----------------------------------------------------------------------------------------------------
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+def build(folder: Path, more: str = "") -> subprocess.CompletedProcess[str]:
+    """Build the site from a copy of the sources, as tox does, with more text on the overview."""
+    for part in ("docs", "benchmarks/results", "torch_prunepath", "integrations"):
+        shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "zensical.toml", folder)
+    page = folder / "docs" / "index.md"
+    page.write_text(page.read_text(encoding="utf-8") + more, encoding="utf-8")
+    command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def hook() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("api_reference", DOCS / "hooks" / "api_reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = build(folder)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder / "site"
+
+
+@pytest.mark.parametrize("link", ["[a](nowhere.md)", "[a](training.md#nowhere)"])
+def test_a_link_to_nowhere_fails_the_build(link: str, tmp_path: Path) -> None:
+    built = build(tmp_path, f"\n{link}\n")
+    assert built.returncode != 0 and "does not exist" in built.stdout + built.stderr
+
+
+def test_every_page_is_in_the_menu(site: Path) -> None:
+    menu = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    assert all(f'= "{page}"' in menu for page in PAGES)
+    assert {page.removesuffix(".md") for page in PAGES} <= {path.stem for path in site.glob("*.html")}
+    assert (site / "pictures" / "quality.svg").is_file() and (site / "records" / "ffn-h100.html").is_file()
+
+
+def test_pages_ask_no_other_server(site: Path) -> None:
+    for page in site.glob("*.html"):
+        loaded = re.findall(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?:[^"]+)"', page.read_text())
+        assert not loaded, page.name
+
+
+def words(html: str) -> str:
+    """What a page says, without markup and with single spaces."""
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", "", re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL))))
 
 
 @pytest.fixture(scope="module")
-def reference(hook: ModuleType) -> str:
-    return hook.on_page_markdown((DOCS / "api.md").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+def reference(site: Path) -> dict[str, str]:
+    """The text after each name's anchor in the API reference, up to the next name's."""
+    _, *parts = re.split(r'<h\d id="(torch_prunepath[\w.]+)"', (site / "api.html").read_text(encoding="utf-8"))
+    return {name: words(f"<{text}") for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
 @pytest.mark.parametrize("module", ["", ".train", ".baselines", ".integrations.peft"])
-def test_reference_holds_every_public_name(reference: str, module: str) -> None:
+def test_reference_holds_every_public_name(reference: dict[str, str], site: Path, module: str) -> None:
+    page = words((site / "api.html").read_text(encoding="utf-8"))
     found = importlib.import_module(f"torch_prunepath{module}")
     assert len(found.__all__) > 1
     for name in found.__all__:
-        thing = getattr(found, name)
-        after = reference.partition(f'<a id="torch_prunepath{module}.{name}"></a>')[2]
-        assert after.startswith(f"\n\n### {name}\n"), f"{module}.{name}"
-        doc = inspect.getdoc(thing)
+        doc = inspect.getdoc(getattr(found, name))
         assert doc, f"torch_prunepath{module}.{name} has no docstring"
-        first = re.sub(r":\w+:(`[^`]+`)", r"\1", doc.splitlines()[0])
-        assert first in after[: after.find("<a id=") if "<a id=" in after else None]
+        first = re.sub(r":\w+:`([^`]+)`", r"\1", doc.splitlines()[0]).replace("`", "")
+        whole = inspect.ismodule(getattr(found, name))  # a module has a section of its own
+        assert " ".join(first.split()) in (page if whole else reference[f"torch_prunepath{module}.{name}"]), name
 
 
-def test_reference_has_no_rest_left(reference: str) -> None:
-    assert not re.search(r":(func|class|meth|mod|data|attr):`", reference)
-    assert "<!-- api:" not in reference
-    assert not re.search(r"^(Args|Returns|Raises|Attributes|Examples?)::?$", reference, flags=re.MULTILINE)
+def test_reference_has_no_rest_left(site: Path) -> None:
+    text = (site / "api.html").read_text(encoding="utf-8")
+    assert not re.search(r":(func|class|meth|mod|data|attr):", text)
+    assert "Example::" not in text and "::: torch_prunepath" not in text
+    assert re.search(r'<div class="highlight"><pre>.*?<span class="k">with</span>', text), "no highlighted code"
 
 
-def test_signatures_in_the_reference_are_the_real_ones(hook: ModuleType) -> None:
+def test_signatures_in_the_reference_are_the_real_ones(reference: dict[str, str]) -> None:
     for name in ("sparsify", "set_tau", "set_sparsity", "record_sparsity"):
-        node, _ = hook.find("torch_prunepath", name)
-        written = hook.signature(node, name)
+        written = reference[f"torch_prunepath.{name}"]
         for parameter in inspect.signature(getattr(torch_prunepath, name)).parameters.values():
             default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"
-            assert re.search(rf"\b{parameter.name}: [^,\n]+(\[[^\n]*\])?{re.escape(default)}[,)\n]", written), written
+            default = default.replace("'", '"')
+            assert re.search(rf"\b{parameter.name}: [^:]+?{re.escape(default)}[,) ]", written), (parameter, written)

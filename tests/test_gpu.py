@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_prunepath import SparsifyConfig, densify, record_sparsity, set_sparsity, set_tau, sparse_layers, sparsify
+from torch_prunepath.bench.check import relative_rms
 from torch_prunepath.bench.decoder import Decoder, logits_of
-from torch_prunepath.bench.gate import relative_rms
 from torch_prunepath.compile.backend import DISABLE, prunepath
 from torch_prunepath.train.losses import distill_logits
 

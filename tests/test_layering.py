@@ -15,8 +15,10 @@ APART = {"csrc_triton": ROOT / "csrc_triton", "integrations": ROOT / "integratio
 """Folders beside the package that are installed below it."""
 
 ROOMS = [
+    "on_import",
     "activations",
     "config",
+    "weights",
     "rms",
     "select",
     "search",

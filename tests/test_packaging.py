@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,46 @@ def test_every_package_folder_is_listed() -> None:
 def test_installed_package_imports(package: str) -> None:
     """From another folder, so that the installation is what is imported."""
     subprocess.run([sys.executable, "-c", f"import {package}"], check=True, cwd=ROOT / "docs")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a virtual environment with the package's wheel in it, and this environment's packages behind it."""
+    pytest.importorskip("setuptools.build_meta", reason="setuptools builds the wheel")
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    # A copy, because setuptools builds in the folder that it finds the sources in.
+    for name in ("pyproject.toml", "README.md", "LICENSE", *FOLDERS):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / "source" / name)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", build, str(folder)], check=True, cwd=folder / "source", stdout=subprocess.DEVNULL
+    )
+    venv.create(folder / "venv", symlinks=True)
+    (packages,) = (folder / "venv").glob("[Ll]ib/**/site-packages")
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(packages)
+    others = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages / "others.pth").write_text("\n".join(others))
+    return next(path for path in (folder / "venv").glob("*/python*") if path.stem == "python")
+
+
+WHOLE = (
+    "import torch_prunepath, torch_prunepath.integrations.transformers, torch_prunepath.integrations.peft\n"
+    "import torch_prunepath.csrc_triton, torch_prunepath.commands.cli\n"
+    "from torch_prunepath import sparsify\n"
+    "print(torch_prunepath.__file__, torch_prunepath.integrations.__file__, sep='\\n')"
+)
+
+
+@pytest.mark.parametrize("place", [ROOT, ROOT / "docs"], ids=["the repository's root", "elsewhere"])
+def test_an_installed_wheel_imports_from_everywhere(installed: Path, place: Path) -> None:
+    """In the repository's root Python finds the sources first, where two packages lie beside the package."""
+    shown = subprocess.run([installed, "-c", WHOLE], check=True, cwd=place, capture_output=True, text=True).stdout
+    package, integrations = map(Path, shown.split())
+    # All of one kind: sources and installation may be of different versions.
+    assert (place == ROOT) == package.is_relative_to(ROOT) == integrations.is_relative_to(ROOT)
 
 
 def normal_name(requirement: str) -> str:

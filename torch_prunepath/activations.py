@@ -9,44 +9,65 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from torch import Tensor
+
+QUICK_GELU_SLOPE = 1.702
+"""Slope with which a sigmoid comes nearest to the normal distribution's function (arXiv 1606.08415, section 2)."""
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415)."""
-    return F.gelu(x, approximate="tanh")
+    return nnf.gelu(x, approximate="tanh")
 
 
 def relu2(x: Tensor) -> Tensor:
     """Squared ReLU (Primer, arXiv 2109.08668)."""
-    return F.relu(x).square()
+    return nnf.relu(x).square()
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """``x * sigmoid(1.702 x)``."""
-    return x * torch.sigmoid(1.702 * x)
+    """GELU in its sigmoid approximation, ``x * sigmoid(1.702 x)``."""
+    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
-        "silu": F.silu,
-        "gelu": F.gelu,
+        "silu": nnf.silu,
+        "gelu": nnf.gelu,
         "gelu_tanh": gelu_tanh,
-        "relu": F.relu,
+        "relu": nnf.relu,
         "relu2": relu2,
         "quick_gelu": quick_gelu,
     }
 )
+"""Activation functions by the names that an ``FFNSpec`` gives them."""
+
+
+def activate(up: Tensor, gate: Tensor | None, activation: str, *, reuse: bool = False) -> Tensor:
+    """Hidden activations: ``act(gate) * up``, or ``act(up)`` in a plain FFN, or ``up`` if there is no activation.
+
+    Args:
+        up: what up (or fc1) answers, any shape.
+        gate: what gate answers, of the same shape; None in a plain FFN.
+        activation: key of :data:`ACTIVATIONS`; or ``"none"``, and then ``gate`` must be None.
+        reuse: whether the product may take the memory of ``act(gate)``: quicker, but autograd cannot go through it.
+    """
+    if activation == "none":
+        return up
+    act = ACTIVATIONS[activation]
+    if gate is None:
+        return act(up)
+    return act(gate).mul_(up) if reuse else act(gate) * up
 
 
 def _relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return grad * 2 * F.relu(x)
+    return grad * 2 * nnf.relu(x)
 
 
 def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    s = torch.sigmoid(1.702 * x)
-    return grad * (s + 1.702 * x * s * (1 - s))
+    s = torch.sigmoid(QUICK_GELU_SLOPE * x)
+    return grad * (s + QUICK_GELU_SLOPE * x * s * (1 - s))
 
 
 ACTIVATION_BACKWARDS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(

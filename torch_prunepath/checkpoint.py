@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ def read_manifest(directory: str | Path) -> Manifest:
     Raises:
         ValueError: if the directory is no sparse checkpoint, is damaged, or is of a newer format.
     """
+    return Manifest.from_dict(_read_quantization_config(directory))
+
+
+def _read_quantization_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -29,7 +34,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise ValueError(
             f"{directory} holds no sparse model: make one with torch_prunepath.sparsify and save_pretrained"
         )
-    return Manifest.from_dict(manifest)
+    return manifest
 
 
 def load(directory: str | Path, **kwargs: Any) -> Any:
@@ -73,8 +78,8 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: as :func:`read_manifest`.
     """
-    manifest = read_manifest(directory)
-    info = manifest.to_dict()
+    data = _read_quantization_config(directory)
+    manifest = Manifest.from_dict(data)
     layers = [
         {
             "name": site_name(layer.ffn),
@@ -93,4 +98,4 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         }
         for layer in manifest.layers
     ]
-    return {"format_version": info["format_version"], "config": info["config"], "layers": layers}
+    return {"format_version": data["format_version"], "config": dataclasses.asdict(manifest.config), "layers": layers}

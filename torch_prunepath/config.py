@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch_prunepath.activations import ACTIVATIONS
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format of the manifest in a checkpoint's config.json. 1 wrote out every layer; 2 writes once what layers share."""
 
 Rule = Literal["reach", "below"]
 Gate = Literal["one", "sigmoid"]
@@ -85,6 +84,9 @@ class FFNSpec:
     output_dropout: str | None = None
 
     def __post_init__(self) -> None:
+        # Here, so that settings can be read without torch: a command's help is there at once.
+        from torch_prunepath.activations import ACTIVATIONS
+
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known: choose one of {', '.join(ACTIVATIONS)}")
         if self.gate is not None and self.fused is not None:

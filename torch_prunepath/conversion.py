@@ -145,7 +145,7 @@ def _calibration(
     inputs = as_inputs(calibration, model, tokenizer, config.calibration_tokens)
     tokens = inputs.get("input_ids")
     if isinstance(tokens, Tensor) and tokens.numel() < FEWEST_TOKENS:
-        raise ValueError(f"calibration holds {tokens.numel()} tokens, which tells nothing: thousands are best")
+        raise ValueError(f"{tokens.numel()} calibration tokens are too few: pass a few thousand")
     return config, inputs
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-"""Added to the mean square, as in the norms of most models."""
+"""The number added to the mean square before its root is taken, as in the norms of most models."""
 
 
 def inverse_rms(x_TD: Tensor) -> Tensor:
@@ -21,5 +21,5 @@ def inverse_rms(x_TD: Tensor) -> Tensor:
 
 
 def normalised(x_TD: Tensor) -> Tensor:
-    """What a router with ``normalise`` reads, float32."""
+    """Tokens as a router with ``router_norm`` reads them, each divided by its root mean square: ``[T, D]`` float32."""
     return x_TD.float() * inverse_rms(x_TD)

@@ -70,13 +70,13 @@ def mask_from_scores(scores_TE: Tensor, tau: Tensor, rule: Rule, shared: int = 0
 
 
 def with_shared(mask_TE: Tensor, shared: int) -> Tensor:
-    """The mask of all experts from that of those which are chosen: ``[..., E - shared] -> [..., E]``."""
+    """The mask of all experts from that of the routed ones, shared ones active: ``[..., E - shared] -> [..., E]``."""
     always = mask_TE.new_ones(*mask_TE.shape[:-1], shared)
     return torch.cat([always, mask_TE], dim=-1)
 
 
-def sigmoid_gates(scores_TE: Tensor, offset: float, shared: int = 0) -> Tensor:
-    """The experts' gates, ``sigmoid(scores + offset)``, and 1 for the first ``shared``: ``[T, E]``."""
+def sigmoid_weights(scores_TE: Tensor, offset: float, shared: int = 0) -> Tensor:
+    """The weights of the experts' outputs, ``sigmoid(scores + offset)``, and 1 for the first ``shared``: ``[T, E]``."""
     if not shared:
         return torch.sigmoid(scores_TE + offset)
     return nnf.pad(torch.sigmoid(scores_TE[:, shared:] + offset), (shared, 0), value=1.0)

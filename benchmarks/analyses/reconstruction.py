@@ -35,8 +35,8 @@ from torch_prunepath.evaluation.perplexity import mean_loss
 from torch_prunepath.experts.fit import contribution_shares
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.views import sparse_views
-from torch_prunepath.ops.operators import expand_experts
-from torch_prunepath.select import sigmoid_gates
+from torch_prunepath.ops.experts import expand_experts, weigh
+from torch_prunepath.select import sigmoid_weights
 
 NAME = "reconstruction"
 METHODS = ("ours", "lte", "moefication-mlp", "moefication-centroid")
@@ -155,8 +155,8 @@ def _gated(layer: RoutedExperts, h_TF: Tensor, scores_TE: Tensor) -> Tensor:
     """Hidden activations, each weighed by its expert's gate."""
     if layer.experts.gate == "one":
         return h_TF
-    gates_TE = sigmoid_gates(scores_TE, layer.experts.gate_offset, layer.experts.shared)
-    return h_TF * expand_experts(gates_TE, layer.experts.expert_size, h_TF.shape[1])
+    weights_TE = sigmoid_weights(scores_TE, layer.experts.gate_offset, layer.experts.shared)
+    return weigh(h_TF, weights_TE, layer.experts.expert_size)
 
 
 def _shared_first(layer: RoutedExperts, scores_TE: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from benchmarks.harness.report import figure, look, markdown, origins, save, spr
 from benchmarks.harness.store import Record, records_of
 
 DENSE = "dense"
+BOOKS = "books"
+"""Name of the task whose runs these are."""
 VALID = "valid"
 """The text that learning rates are chosen on: the end of the training text, which no run trains on."""
 
@@ -56,7 +58,7 @@ def report(place: Path, *, as_json: bool) -> str:
     Raises:
         UserError: if there is no run, or the folder cannot be written.
     """
-    results = list(records_of(place).values())
+    results = list(records_of(place, [BOOKS]).values())
     groups: dict[str, list[Record]] = {}
     for result in results:
         groups.setdefault(_budget(result), []).append(result)

@@ -38,7 +38,7 @@ RULES: Mapping[str, SelectionRule] = MappingProxyType(
 ROUTERS: Mapping[str, type[Router]] = MappingProxyType(
     {kind.__name__: kind for kind in (Router, UnitRouter, MLPRouter)}
 )
-TRAITS = ("normalise", "activation", "unit_input", "magnitude")
+TRAITS = ("router_norm", "activation", "unit_input", "magnitude")
 """What routers have besides weights."""
 
 

@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
@@ -45,8 +46,6 @@ def digest_of_model(place: Path) -> str:
 
 def digest_of_weights(model: nn.Module) -> str:
     """Digest of everything that a checkpoint of the model would hold, by name; the same on every device."""
-    import torch
-
     found = hashlib.sha256()
     for name, value in model.state_dict().items():
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -213,8 +212,12 @@ def read_json(path: Path) -> Record:
     return found  # type: ignore[no-any-return]
 
 
-def records_of(place: Path) -> dict[str, Record]:
+def records_of(place: Path, tasks: Collection[str] | None = None) -> dict[str, Record]:
     """Every record of a folder of results, or of a file that holds a list of them as ``runs``, under today's names.
+
+    Args:
+        place: the folder or file.
+        tasks: only records of jobs on these tasks; None: all.
 
     Raises:
         UserError: if there is none, or one is damaged.
@@ -225,6 +228,9 @@ def records_of(place: Path) -> dict[str, Record]:
     else:
         store = Store(place)
         records = {name: record for name in store.names() if (record := store.read(name)) is not None}
+    if tasks is not None:
+        records = {name: record for name, record in records.items() if record.get("job", {}).get("task") in tasks}
     if not records:
-        raise UserError(f"there is no result in {place}: name the folder that -o of run named")
+        of = "" if tasks is None else f" of {', '.join(tasks)}"
+        raise UserError(f"there is no result{of} in {place}: name the folder that -o of run named")
     return records

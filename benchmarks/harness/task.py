@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from torch_prunepath.sparsity import set_tau
+
 Row = dict[str, Any]
 """One measurement, ready for JSON. ``asked``: the sparsity; ``tau``: what was set; the rest is the task's."""
 
@@ -65,8 +67,6 @@ class Trained:
 
         A sparsity that is out of reach has ``unreachable``, the reason, in place of ``tau``: do not measure it.
         """
-        from torch_prunepath.sparsity import set_tau
-
         for name, tau in self.taus.items():
             set_tau(self.model, tau)
             yield {"asked": None, "setting": name, "tau": tau}

@@ -30,7 +30,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.harness import METHODS, Store, Trained, run
-from benchmarks.harness.curves import VALID, report
+from benchmarks.harness.curves import BOOKS, VALID, report
 from benchmarks.harness.jobs import check_positive
 from benchmarks.harness.options import add_methods, dispatch, options_of, outcome_said, run_and_report
 from benchmarks.harness.store import Cache, digest, digest_of_model
@@ -41,7 +41,7 @@ from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import mean_loss
 from torch_prunepath.train.batches import Batches, Later
 
-NAME = "books"
+NAME = BOOKS
 DATA_FILES = {"train": "books_train.txt.xz", "books": "books_test.txt.xz", "wikitext2": "wikitext2_test.raw.txt.gz"}
 """What ``--data`` is expected to hold."""
 LARGEST_LOSS = 100.0

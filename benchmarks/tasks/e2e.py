@@ -327,7 +327,7 @@ def _run(arguments: argparse.Namespace, command_line: str) -> str:
 
 
 def _report(arguments: argparse.Namespace, _: str) -> str:
-    records = records_of(arguments.place)
+    records = records_of(arguments.place, [NAME])
     score_all(arguments.place, records, arguments.data)
     results, text = write_report(arguments.place, records, METRICS, SCALE)
     return json.dumps(results) if arguments.json else text

@@ -287,7 +287,7 @@ def _run(arguments: argparse.Namespace, command_line: str) -> str:
 
 def _report(arguments: argparse.Namespace, _: str) -> str:
     halves = Halves(preference, both=arguments.both_halves)
-    results, text = write_report(arguments.place, records_of(arguments.place), METRICS, PERCENT, halves)
+    results, text = write_report(arguments.place, records_of(arguments.place, list(GLUE)), METRICS, PERCENT, halves)
     return json.dumps(results) if arguments.json else text
 
 

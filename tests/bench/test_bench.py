@@ -1,4 +1,4 @@
-"""``prunepath bench``: arithmetic, the gate, what is reported. No test looks at how fast anything is."""
+"""``prunepath bench``: arithmetic, the check, what is reported. No test looks at how fast anything is."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ import torch
 from tiny_llama import save_tiny_llama, tiny_llama
 from transformers import AutoModelForCausalLM
 
-import torch_prunepath.layer.sparse
-from torch_prunepath import SparsifyConfig, set_tau, sparsify
-from torch_prunepath.bench import build, gate, profile, requests, results, sides
+from torch_prunepath import SparsifyConfig, register_routing_hook, set_tau, sparsify
+from torch_prunepath.bench import build, check, modes, profile, prompts, results
 from torch_prunepath.bench.decoder import Decoder, Prefill, logits_of, read_prompt
-from torch_prunepath.bench.floor import Traffic
 from torch_prunepath.bench.geometry import GEOMETRIES, Geometry
 from torch_prunepath.bench.layers import Layer, Usage, random_layer
+from torch_prunepath.bench.model_traffic import reach, rounding_noise, traffic, usage, weight_bytes
 from torch_prunepath.bench.options import DEFAULT_MODES, DEFAULT_SPARSE_MODES, MODES, FFNOptions
 from torch_prunepath.bench.sources import layers_wanted
-from torch_prunepath.bench.timing import Timing, copy_bandwidth, peak_memory, timed
-from torch_prunepath.bench.wholes import reach, rounding_noise, traffic, usage, weight_bytes
+from torch_prunepath.bench.timing import Timing, Traffic, copy_bandwidth, peak_memory, timed
 from torch_prunepath.commands import cli
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.reference import sparse_ffn_reference
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.ops import sparse_ffn as fused
+from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.operators import router_scores
 from torch_prunepath.select import mask_from_scores
 
@@ -145,16 +144,12 @@ def test_layers_exceed_the_cache_at_the_highest_sparsity(layers: int | None, mon
         geometries=[],
         device="cpu",
         batches=[1],
-        prompts=[],
+        prompt_lengths=[],
         sparsities=[0.5, 0.75],
         dtype="fp32",
         expert_size=8,
         gate="one",
         layers=layers,
-        seconds=1.0,
-        seed=0,
-        output=None,
-        command_line="",
     )
     count = layers_wanted(layer, options)
     if layers is None:
@@ -178,11 +173,11 @@ def test_the_gate_lets_right_results_pass(geometry: Geometry, gate_name: str, dt
     for sparsity in (0.0, 0.5, 0.8):
         layer.set_sparsity(x_TD, sparsity)
         for layout in ("linear", "rows"):
-            error = gate.check_layer(layer, x_TD, layer.dense(x_TD, layout), layer.sparse(x_TD), "FFN")
-            assert 0 < error < gate.BOUNDS[dtype]
+            error = check.check_layer(layer, x_TD, layer.dense(x_TD, layout), layer.sparse(x_TD), "FFN")
+            assert 0 < error < check.BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("how", [{"normalise": True}, {"shared": 3}, {"normalise": True, "shared": 1}], ids=str)
+@pytest.mark.parametrize("how", [{"router_norm": True}, {"shared": 3}, {"router_norm": True, "shared": 1}], ids=str)
 def test_the_gate_knows_what_a_router_reads_and_what_it_does_not_choose(how: dict[str, Any]) -> None:
     plain, x_TD = layer_of(GATED, "sigmoid"), inputs(20)
     x_TD *= torch.logspace(-1, 1, len(x_TD)).unsqueeze(1)
@@ -192,9 +187,9 @@ def test_the_gate_knows_what_a_router_reads_and_what_it_does_not_choose(how: dic
         mask_TE = layer.mask(x_TD)
         assert abs(float(mask_TE.float().mean()) - (1 - sparsity)) < 0.02 and mask_TE[:, : layer.shared].all()
         dense_TD, sparse_TD = layer.dense(x_TD, "rows"), layer.sparse(x_TD)
-        gate.check_layer(layer, x_TD, dense_TD, sparse_TD, "FFN")
-        with pytest.raises(gate.WrongResult):
-            gate.check_layer(plain, x_TD, dense_TD, sparse_TD, "FFN")
+        check.check_layer(layer, x_TD, dense_TD, sparse_TD, "FFN")
+        with pytest.raises(check.WrongResult):
+            check.check_layer(plain, x_TD, dense_TD, sparse_TD, "FFN")
 
 
 def test_the_gates_reference_is_the_librarys() -> None:
@@ -224,7 +219,7 @@ def test_the_gates_reference_is_the_librarys() -> None:
         scores_TE = x_TD @ router_ED.t()
         mask_TE = mask_from_scores(scores_TE, layer.tau, "reach")
         expected_TD = sparse_ffn_reference(view, x_TD, mask_TE, torch.sigmoid(scores_TE + 0.5), 8)
-        found_TD = gate._Reference(layer, x_TD).sparse(expected_TD)
+        found_TD = check._Reference(layer, x_TD).sparse(expected_TD)
     assert 0 < mask_TE.float().mean() < 1
     torch.testing.assert_close(found_TD, expected_TD, rtol=1e-10, atol=1e-12)
 
@@ -253,14 +248,14 @@ WRONG = {
 def test_the_gate_stops_wrong_results(wrong) -> None:  # type: ignore[no-untyped-def]
     layer, x_TD = layer_of(GATED), inputs(100)
     layer.set_sparsity(x_TD, 0.7)
-    with pytest.raises(gate.WrongResult, match="sparse FFN is wrong, so no time is reported"):
-        gate.check_layer(layer, x_TD, layer.dense(x_TD, "linear"), wrong(layer, x_TD), "FFN")
+    with pytest.raises(check.WrongResult, match="sparse FFN is wrong, so no time is reported"):
+        check.check_layer(layer, x_TD, layer.dense(x_TD, "linear"), wrong(layer, x_TD), "FFN")
 
 
 def test_the_gate_stops_a_wrong_dense_result() -> None:
     layer, x_TD = layer_of(GATED), inputs(3)
-    with pytest.raises(gate.WrongResult, match="dense FFN is wrong"):
-        gate.check_layer(layer, x_TD, torch.zeros_like(x_TD), layer.sparse(x_TD), "FFN")
+    with pytest.raises(check.WrongResult, match="dense FFN is wrong"):
+        check.check_layer(layer, x_TD, torch.zeros_like(x_TD), layer.sparse(x_TD), "FFN")
 
 
 @pytest.mark.parametrize("away, passes", [(5e-6, True), (5e-5, False)])
@@ -277,12 +272,12 @@ def test_only_experts_at_the_threshold_are_free(away: float, passes: bool) -> No
     assert not torch.allclose(with_it, without_it, rtol=1e-2)
     layer.tau.fill_(mass + away)
     dense_TD = layer.dense(x_TD, "rows")
-    gate.check_layer(layer, x_TD, dense_TD, with_it, "FFN")
+    check.check_layer(layer, x_TD, dense_TD, with_it, "FFN")
     if passes:
-        gate.check_layer(layer, x_TD, dense_TD, without_it, "FFN")
+        check.check_layer(layer, x_TD, dense_TD, without_it, "FFN")
     else:
-        with pytest.raises(gate.WrongResult):
-            gate.check_layer(layer, x_TD, dense_TD, without_it, "FFN")
+        with pytest.raises(check.WrongResult):
+            check.check_layer(layer, x_TD, dense_TD, without_it, "FFN")
 
 
 # --- bench ffn --------------------------------------------------------------------------------------------------------
@@ -390,8 +385,8 @@ def test_cuda_without_a_device_is_refused(run) -> None:
 
 
 def test_defaults_name_known_modes() -> None:
-    for modes in (*DEFAULT_MODES.values(), *DEFAULT_SPARSE_MODES.values()):
-        assert set(modes) <= set(MODES)
+    for names in (*DEFAULT_MODES.values(), *DEFAULT_SPARSE_MODES.values()):
+        assert set(names) <= set(MODES)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
@@ -485,7 +480,7 @@ def test_random_routers_spread_as_they_should() -> None:
     model = sparsify(tiny_llama(), tau=1.0, config=SPARSE, progress=False)
     build._randomise_routers(model, seed=0)
     spreads = []
-    with torch_prunepath.register_routing_hook(model, lambda r: spreads.append(float(r.scores_TE.std(-1).mean()))):
+    with register_routing_hook(model, lambda r: spreads.append(float(r.scores_TE.std(-1).mean()))):
         model(input_ids=build.random_ids(model, 1, 64, 0))
     assert spreads == pytest.approx([3.0, 3.0], rel=1e-4)
 
@@ -597,19 +592,19 @@ def test_a_step_that_differs_from_eager_yields_no_times(run, tiny: Path, monkeyp
 def test_a_sparse_model_that_is_not_dense_at_tau_1_yields_no_times(
     run, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = torch_prunepath.layer.sparse.routed_ffn
-    monkeypatch.setattr(torch_prunepath.layer.sparse, "routed_ffn", lambda *args, **named: 1.01 * right(*args, **named))
+    right = cpu.sparse_ffn
+    monkeypatch.setattr(cpu, "sparse_ffn", lambda *args: 1.01 * right(*args))
     refused(run("decode", "--geometry", tiny, "--sparsity", 0.5, *EAGER), 1, "at sparsity 0", "no time is reported")
 
 
 def test_nan_never_passes_the_gate_of_whole_models() -> None:
-    with pytest.raises(gate.WrongResult):
-        gate.require(math.nan, 0.5, "it")
+    with pytest.raises(check.WrongResult):
+        check.require(math.nan, 0.5, "it")
     model = tiny_llama()
     work = decoder_of(model)
-    expected_RV = logits_of(work, work.step, sides.CHECKED_CALLS)
-    with pytest.raises(gate.WrongResult):
-        sides.check_steps(work, {"eager": lambda: work.step() * math.nan}, expected_RV, 0.5, "it")
+    expected_RV = logits_of(work, work.step, modes.CHECKED_CALLS)
+    with pytest.raises(check.WrongResult):
+        modes.check_steps(work, {"eager": lambda: work.step() * math.nan}, expected_RV, 0.5, "it")
 
 
 def test_layers_are_for_geometries_only(run, tiny: Path) -> None:
@@ -623,9 +618,9 @@ def test_rows_are_told_as_they_come(run, tiny: Path) -> None:
 
 
 def test_prompt_lengths() -> None:
-    assert requests.lengths(3, 100) == [16, 58, 100]
-    assert requests.lengths(1, 100) == [16]
-    assert requests.lengths(2, 8) == [8, 8]
+    assert prompts.lengths(3, 100) == [16, 58, 100]
+    assert prompts.lengths(1, 100) == [16]
+    assert prompts.lengths(2, 8) == [8, 8]
 
 
 def test_tau_stays_where_the_search_left_it() -> None:

@@ -373,6 +373,23 @@ def test_the_search_for_tau_finds_sparsities_in_any_order_and_says_what_is_out_o
         knob.set(0.99, batches)
 
 
+def test_a_gguf_file_is_converted_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = tmp_path / "tiny.gguf", []
+    path.write_bytes(b"takes long to load")
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        return load_model(str(place / "tiny") if name == str(path) else name)
+
+    monkeypatch.setattr(books, "load_model", load)
+    texts = books.Texts(place / "train.txt", {"test": place / "test.txt"})
+    budget, cache = books.Budget(CONTEXT, BATCH_TOKENS), Store(tmp_path / "out").cache
+    first, again = (BooksTask(str(path), texts, cache, budget=budget) for _ in range(2))
+    assert asked.count(str(path)) == 1 and first.about == again.about and first.model == "tiny.gguf"
+    assert all(torch.equal(a, b) for a, b in zip(first.fresh(0).parameters(), again.fresh(0).parameters(), strict=True))
+    assert torch.equal(first.fresh(0).lm_head.weight, tiny_llama().lm_head.weight)
+
+
 def test_windows_are_spread_evenly() -> None:
     window_NC = torch.arange(10).view(10, 1)
     assert spread(window_NC, 4).flatten().tolist() == [0, 3, 6, 9]
@@ -486,7 +503,7 @@ def test_the_report_of_real_runs_has_a_line_for_each_method(
 
 def test_a_report_needs_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "there is no result in" in capsys.readouterr().err
+    assert "there is no result of books in" in capsys.readouterr().err
     (saved(tmp_path, []) / "runs" / "broken.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 2
     assert "broken.json cannot be read" in capsys.readouterr().err

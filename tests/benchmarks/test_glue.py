@@ -498,7 +498,7 @@ def test_foreign_folders_are_left_alone(
     assert call(tmp_path, "--tasks", "sst2", "--methods", "dense", "--steps", 1) == 2
     assert "holds something else" in capsys.readouterr().err
     assert glue.main(["report", str(tmp_path)]) == 2
-    assert "there is no result in" in capsys.readouterr().err
+    assert "there is no result of sst2, mrpc, rte, qnli in" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     empty = tmp_path / "empty"
     config = {"task": "rte", "weights": "w", "data": "d"}

@@ -328,11 +328,33 @@ def test_debug_shows_the_traceback_and_bugs_are_not_hidden(run, monkeypatch: pyt
         run("quickstart", "--text", "missing", "--debug")
 
     def bug(_):
-        raise ValueError("a bug of ours")
+        raise RuntimeError("a bug of ours")
 
     monkeypatch.setattr(quickstart, "load_corpus", bug)
-    with pytest.raises(ValueError, match="a bug of ours"):
+    with pytest.raises(RuntimeError, match="a bug of ours"):
         run("quickstart")
+
+
+def test_what_the_library_refuses_is_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_):
+        raise ValueError("a conflict,\n  and its remedy")
+
+    monkeypatch.setattr(quickstart, "load_corpus", refuse)
+    assert_one_line_error(run("quickstart"), "a conflict, and its remedy")
+    with pytest.raises(ValueError, match="a conflict"):
+        run("quickstart", "--debug")
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """As ``| head``: whoever reads the result goes away before it is written."""
+    flags = ["--text", text, "--partition", "contiguous", "--router", "zero", "--budget", "uniform"]
+    command = [sys.executable, "-m", "torch_prunepath", "sparsify", tiny, "-o", tmp_path / "out", *flags]
+    command = list(map(str, command))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 0 and "Broken" not in told and "Traceback" not in told
 
 
 # --- sparsify and info ------------------------------------------------------------------------------------------------

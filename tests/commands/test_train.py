@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +17,13 @@ from safetensors.torch import load_file
 from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from torch_prunepath import record_sparsity, sparse_layers, sparsify
+from torch_prunepath import sparse_layers, sparsify
+from torch_prunepath.baselines import lte
 from torch_prunepath.commands import cli
 from torch_prunepath.commands.train import job
+from torch_prunepath.commands.train.unfinished import Kept
 from torch_prunepath.evaluation.models import SMOLLM2, cache_folder
-from torch_prunepath.layer.rules import held_rule
 from torch_prunepath.train import TrainConfig, recipes
-from torch_prunepath.train.batches import Later
 
 Run = Callable[..., tuple[int, str, str]]
 FAST = ["--steps", 12, "--batch", 4, "--context", 32, "--lr", "3e-3", "--router-lr", "1e-2", "--distil", 0]
@@ -185,75 +187,26 @@ def test_the_paper_recipe_has_its_experts_and_stages(run: Run, tiny: Path, text:
     assert results["last"]["tau"] == 0.5
 
 
-def test_the_lte_recipe_trains_its_two_stages(run: Run, tiny: Path, text: Path) -> None:
-    flags = ["--recipe", "lte", *FAST, "--set", "eta=2", "--set", "first=0.75", "--target-sparsity", 0.6, "--json"]
-    code, out, _ = run(tiny, "--text", text, "--eval-text", text, "-o", "out", *flags, "--steps", 40)
-    assert code == 0
-    results = json.loads(out)
-    first, second = results["stages"]
-    assert (first["steps"], second["steps"], first["separation_eta"]) == (30, 10, 2)
-    assert (first["lte_separation"], second["lte_separation"]) == (1.0, 0.0)
-    assert first["lr"] == second["lr"] == 3e-3 and first["router_lr"] == 1e-2
-    history = json.loads(Path("out/training.json").read_text())["history"]
-    assert [record["step"] for record in history] == list(range(40)) and results["steps"] == 40
-    assert {record["tau"] for record in history[:30]} == {1.0} and {record["tau"] for record in history[30:]} == {0.5}
-    rows = {row["name"]: row for row in results["rows"]}
-    assert rows["before, tau 1"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=1e-4)
-    assert rows["after, 60% asked"]["perplexity"] < 0.7 * rows["dense"]["perplexity"]
-    assert rows["after, 60% asked"]["sparsity"] == pytest.approx(0.6, abs=0.05)
-    model = AutoModelForCausalLM.from_pretrained("out")
-    for layer in sparse_layers(model).values():
-        assert (layer.experts.expert_size, layer.experts.gate) == (4, "one") and held_rule(layer) == "threshold"
-        assert float(layer.tau) == pytest.approx(results["tau"])
-    ids = torch.tensor(byte_tokenizer()(text.read_text())["input_ids"][: 32 * 64]).view(-1, 32)
-    with record_sparsity(model) as record:
-        assert job.perplexity(model.eval(), ids) == pytest.approx(rows["after, 60% asked"]["perplexity"], rel=0.1)
-    assert record.sparsity == pytest.approx(0.6, abs=0.05)
-    # It goes on with nothing that would not train it as it is.
-    rest = ["--text", text, "-o", "more", "--steps", 2, "--context", 32]
-    refused_as(run("out", *rest), "selects as --recipe lte does", "start from dense")
-    refused_as(run("out", *rest, "--recipe", "lte"), "makes its own experts", "start from the dense model")
+def test_a_model_of_a_baseline_is_refused(run: Run, tiny: Path, text: Path) -> None:
+    model = tiny_llama()
+    lte(model, expert_size=4, progress=False).start_second_stage()
+    model.save_pretrained("baseline")
+    byte_tokenizer().save_pretrained("baseline")
+    refused(
+        run("baseline", "--text", text, "-o", "out", *FAST[:-2]),
+        "selects experts as a baseline does",
+        "start from the dense model",
+    )
+    # As an unfinished run of LTE left it, which this command once trained.
+    Path("out.training/step-3").mkdir(parents=True)
+    shutil.move("baseline", "out.training/step-3/model")
+    refused(run(tiny, "--text", text, "-o", "out", *FAST, "--resume"), "the unfinished run", "as a baseline does")
 
 
-def test_an_epoch_of_lte_is_one_in_each_stage(run: Run, tiny: Path, text: Path) -> None:
-    flags = ["--recipe", "lte", "--batch", 16, "--context", 32, "--epochs", 0.5, "--target-sparsity", 0.3, "--json"]
-    code, out, _ = run(tiny, "--text", text, "-o", "out", *flags)
-    assert code == 0
-    results = json.loads(out)
-    assert results["steps"] == -(-results["data"]["tokens"] // (16 * 32)) and results["experts"]["expert_size"] == 32
-    assert results["stages"][0]["lr"] == 5e-5
-
-
-@pytest.mark.parametrize("at", [4, 11], ids=["first stage", "second stage"])
-def test_an_unfinished_run_of_lte_goes_on_to_the_same_result(
-    run: Run, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
-    flags = ["--text", text, "--recipe", "lte", *FAST, "--steps", 14, "--save-every", 3, "--target-sparsity", 0.5]
-    flags += ["--eval-text", text, "--json"]
-    _, whole, _ = run(tiny, "-o", "whole", *flags)
-    real = job.train
-
-    def stopping(*args: Any, callback: Any, **kwargs: Any) -> Any:
-        def note(state: Any, record: Any) -> None:
-            callback(state, record)
-            if state.step == (at if at < 7 else at - 7) and (at < 7) == bool(args[2].lte_separation):
-                raise KeyboardInterrupt
-
-        return real(*args, callback=note, **kwargs)
-
-    monkeypatch.setattr(job, "train", stopping)
-    assert run(tiny, "-o", "out", *flags)[0] == 130
-    monkeypatch.undo()
-    monkeypatch.chdir(text.parent / "cwd")
-    assert [path.name for path in Path("out.training").iterdir()] == [f"step-{at // 3 * 3}"]
-    code, again, _ = run(tiny, "-o", "out", *flags, "--resume")
-    assert code == 0
-    same_results(whole, again)
-
-
-def test_a_later_stage_goes_on_in_the_order_of_the_first() -> None:
-    assert list(Later([1, 2, 3, 4], 0)) == [1, 2, 3, 4] and len(Later([1, 2, 3, 4], 6)) == 4
-    assert list(Later([1, 2, 3, 4], 6)) == [3, 4, 1, 2]
+def test_an_unfinished_run_of_an_earlier_version_can_be_resumed(tmp_path: Path) -> None:
+    kept = Kept(data="x", dtype="float32", distil=0.0, rows=[], history=[])
+    (tmp_path / "session.json").write_text(json.dumps({**dataclasses.asdict(kept), "stage": 0}))
+    assert Kept.of(tmp_path) == kept
 
 
 def test_tokens_epochs_and_fields_reach_the_run(run: Run, tiny: Path, text: Path) -> None:
@@ -360,10 +313,7 @@ def test_without_the_package_datasets(run: Run, tiny: Path, monkeypatch: pytest.
     ("flags", "message"),
     [
         (["--recipe", "magic"], "choose one of paper, "),
-        (["--recipe", "lte", "--partition", "kmeans"], "leave --partition out"),
-        (["--recipe", "lte", "--routers-only"], "no --routers-only"),
-        (["--recipe", "lte", "--steps", "1"], "both stages need a step"),
-        (["--recipe", "lte", "--set", "separation_eta=2"], "choose from"),
+        (["--recipe", "lte"], "--recipe 'lte' is not known"),
         (["--target-sparsity", "1"], "--target-sparsity 1.0 is outside [0, 1)"),
         (["--steps", "0"], "--steps 0 must be positive"),
         (["--batch", "-1"], "--batch -1 must be positive"),

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch_prunepath.compile.passes import PASSES, run_passes
 from torch_prunepath.csrc_triton import UNION_TOKENS
 from torch_prunepath.ops import operators as ops
-from torch_prunepath.select import sigmoid_gates
+from torch_prunepath.select import sigmoid_weights
 
 D, F, S = 16, 37, 8
 E = 5  # the last expert has 5 neurons
@@ -122,7 +122,7 @@ def normalised_router(w: Weights, x: Tensor) -> Tensor:
 def shared_experts(w: Weights, x: Tensor) -> Tensor:
     scores = ops.router_scores(x, w.router, w.router_b)
     mask = ops.select_experts(scores, w.tau, "reach", 2)
-    return down(w, up(w, x, mask), mask, sigmoid_gates(scores, 0.5, 2))
+    return down(w, up(w, x, mask), mask, sigmoid_weights(scores, 0.5, 2))
 
 
 def sigmoid_gate_offset(w: Weights, x: Tensor) -> Tensor:
@@ -249,12 +249,12 @@ def shared_without_their_gates(w: Weights, x: Tensor) -> Tensor:
 def gates_of_fewer_shared(w: Weights, x: Tensor) -> Tensor:
     scores = ops.router_scores(x, w.router, w.router_b)
     mask = ops.select_experts(scores, w.tau, "reach", 2)
-    return down(w, up(w, x, mask), mask, sigmoid_gates(scores, 0.5, 1))
+    return down(w, up(w, x, mask), mask, sigmoid_weights(scores, 0.5, 1))
 
 
 def gates_of_none_shared(w: Weights, x: Tensor) -> Tensor:
     scores, mask = route(w, x)
-    return down(w, up(w, x, mask), mask, sigmoid_gates(scores, 0.5, 1))
+    return down(w, up(w, x, mask), mask, sigmoid_weights(scores, 0.5, 1))
 
 
 def shared_gates_of_the_first(w: Weights, x: Tensor) -> Tensor:
@@ -389,8 +389,8 @@ def test_backward_of_up_is_inlined(needs: tuple[bool, ...], activation: str, sym
 def test_backward_of_down_is_inlined(needs: tuple[bool, ...], gates: bool) -> None:
     kept = [i for i, need in enumerate(needs) if need and (i != 1 or gates)]
 
-    def backward(w: Weights, grad: Tensor, h: Tensor, mask: Tensor, gates_TE: Tensor) -> list[Tensor]:
-        gate = gates_TE if gates else None
+    def backward(w: Weights, grad: Tensor, h: Tensor, mask: Tensor, weights_TE: Tensor) -> list[Tensor]:
+        gate = weights_TE if gates else None
         grads = ops.expert_down_backward(grad, h, mask, gate, w.down, S, list(needs))
         return [grads[i] for i in kept]
 

@@ -8,7 +8,8 @@ import torch
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.experts.fit import centroid_init, contribution_shares, fit_router
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.router import Router, expert_sums
+from torch_prunepath.layer.router import Router
+from torch_prunepath.ops.experts import expert_sums
 
 
 class MLP(torch.nn.Module):

@@ -177,8 +177,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 @on_sparse("routers of another configuration")
 def _(model: Model, folder: Path) -> None:
     def larger(manifest: dict[str, Any]) -> None:
-        for layer in manifest["layers"]:
-            layer["experts"]["expert_size"] = 16
+        manifest["shared"]["experts"]["expert_size"] = 16
 
     AutoModelForCausalLM.from_pretrained(edit(saved(model, folder), larger))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +350,10 @@ def test_status_is_what_peft_expects() -> None:
         layer.router.weight.numel() + layer.router.bias.numel() for layer in model.base_model.layers()
     )
     assert trained < total
+
+
+def test_an_adapter_has_every_setting_of_a_sparse_model() -> None:
+    settings = {field.name: field.default for field in dataclasses.fields(SparsifyConfig)}
+    assert settings.items() <= vars(PrunePathConfig()).items()
+    assert PrunePathConfig(expert_size=3, seed=5).sparsify_config() == SparsifyConfig(expert_size=3, seed=5)
+    assert typing.get_type_hints(PrunePathConfig).items() >= typing.get_type_hints(SparsifyConfig).items()

@@ -13,7 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from torch_prunepath import SparsifyConfig, densify, record_sparsity, set_sparsity, set_tau, sparse_layers, sparsify
 from torch_prunepath.card import model_card, write_card
-from torch_prunepath.commands import sparsify as convert
+from torch_prunepath.commands import sparsify as work
+from torch_prunepath.commands.options import SparsifyOptions
 
 CONFIG = SparsifyConfig(expert_size=8, partition="kmeans", router="centroid", budget="uniform")
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -201,7 +202,8 @@ def test_the_command_writes_a_card(tmp_path: Path) -> None:
     text.write_text(" ".join(f"{i} times {i} is {i * i}." for i in range(800)))
     settings = {"expert_size": 8, "calibration_tokens": 256}
     base = save_tiny_llama(tmp_path / "base")
-    results = convert.run(convert.Options(str(base), str(text), tmp_path / "out", 0.6, None, settings))
+    options = SparsifyOptions(model=str(base), text=str(text), output=tmp_path / "out", tau=0.6, settings=settings)
+    results = work.run(options)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| inactive FFN neurons | {results['sparsity']:.1%} |" in card
     assert f"| perplexity | {results['perplexity']:.2f} |" in card

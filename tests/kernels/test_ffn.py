@@ -11,6 +11,8 @@ from torch import Tensor
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.layer.reference import router_scores_reference, select_reference
 from torch_prunepath.ops import operators as ops
+from torch_prunepath.ops.sparse_ffn import arguments
+from torch_prunepath.weights import FFNWeights, Selector, UpWeights
 
 ffn = pytest.importorskip("torch_prunepath.csrc_triton.ffn")
 
@@ -53,11 +55,10 @@ class Problem:
         self.down = [random(F, D, scale=F**-0.5), random(D) if bias else None]
 
     def args(
-        self, tau: float, rule: str = "reach", offset: float | None = None, normalise: bool = False, shared: int = 0
-    ) -> list:
-        tau_tensor = torch.tensor(tau, device=self.x.device)
-        weights = [*self.up, *self.gate, *self.down]
-        return [self.x, *self.router, tau_tensor, rule, offset, *weights, self.activation, self.S, normalise, shared]
+        self, tau: float, rule: str = "reach", offset: float | None = None, router_norm: bool = False, shared: int = 0
+    ) -> tuple:
+        selector = Selector(*self.router, torch.tensor(tau, device=self.x.device), rule, offset, router_norm, shared)  # type: ignore[arg-type]
+        return self.x, selector, FFNWeights(*self.up, *self.gate, *self.down), self.activation, self.S
 
     def mask(self, tau: float, rule: str = "reach") -> Tensor:
         return ops.select_experts._init_fn(self.scores(), torch.tensor(tau, device=self.x.device), rule)
@@ -66,14 +67,14 @@ class Problem:
         return torch.nn.functional.linear(*[None if t is None else t.double() for t in (self.x, *self.router)]).float()
 
 
-def reference(args: list) -> Tensor:
+def reference(args: tuple) -> Tensor:
     """The operators' default implementations in float64, on the same rounded inputs."""
-    wide = [a.double() if isinstance(a, Tensor) and a.dim() else a for a in args]
+    wide = [a.double() if isinstance(a, Tensor) and a.dim() else a for a in arguments(*args)]
     x, router, router_bias, tau, rule, offset, up, up_b, gate, gate_b, down, down_b, activation, size, *router_how = (
         wide
     )
-    normalise, shared = router_how
-    scores = router_scores_reference(x, router, router_bias, normalise).float()
+    router_norm, shared = router_how
+    scores = router_scores_reference(x, router, router_bias, router_norm).float()
     mask = torch.tensor([select_reference(row, float(tau), rule, shared) for row in scores.tolist()], device=x.device)
     gates = None if offset is None else torch.sigmoid(scores.double() + offset)
     if gates is not None:
@@ -115,30 +116,30 @@ def test_normalised_router(
     problem.x *= torch.logspace(-3, 1, tokens, device=device).unsqueeze(1).to(dtype)
     for tau, rule, offset, most in ((0.6, "reach", None, ffn.RANK_PAIRS), (0.8, "below", 0.3, 0)):
         monkeypatch.setattr(ffn, "RANK_PAIRS", most)  # with 0, several tokens search
-        args = problem.args(tau, rule, offset, normalise=True)
+        args = problem.args(tau, rule, offset, router_norm=True)
         assert_near(ffn.sparse_ffn(*args), reference(args))
 
 
-@pytest.mark.parametrize("normalise", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("router_norm", [False, True], ids=["plain", "normalised"])
 @pytest.mark.parametrize("tokens", [1, 5, 19])
 @pytest.mark.parametrize(("layer", "shared"), [(1, 1), (1, 11), (2, 2)])
 def test_shared_experts(
-    device: str, layer: int, shared: int, tokens: int, normalise: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, layer: int, shared: int, tokens: int, router_norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = Problem(tokens, LAYERS[layer].values[0], torch.float32, device)
     for tau, rule, offset, most in ((0.3, "reach", 0.3, ffn.RANK_PAIRS), (0.3, "below", None, 0)):
         monkeypatch.setattr(ffn, "RANK_PAIRS", most)  # with 0, several tokens search
         for level in (tau, 1.0):
-            args = problem.args(level, rule, offset, normalise, shared)
+            args = problem.args(level, rule, offset, router_norm, shared)
             assert_near(ffn.sparse_ffn(*args), reference(args))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_nan_in_a_normalised_token_shows_in_that_token(device: str, tokens: int) -> None:
     problem = Problem(tokens, (50, 101, 12, True, True, "silu"), torch.float32, device)
-    expected = reference(problem.args(0.4, normalise=True))
+    expected = reference(problem.args(0.4, router_norm=True))
     problem.x[tokens - 1, 7] = float("nan")
-    found = ffn.sparse_ffn(*problem.args(0.4, normalise=True))
+    found = ffn.sparse_ffn(*problem.args(0.4, router_norm=True))
     assert found[-1].isnan().all()
     if tokens > 1:
         assert_near(found[:-1], expected[:-1])
@@ -149,7 +150,7 @@ def test_nan_in_a_normalised_token_shows_in_that_token(device: str, tokens: int)
 def test_every_expert_at_tau_1(device: str, layer: tuple, tokens: int) -> None:
     problem = Problem(tokens, layer, torch.float32, device)
     args = problem.args(1.0)
-    wide = [a.double() if isinstance(a, Tensor) and a.dim() else a for a in args]
+    wide = [a.double() if isinstance(a, Tensor) and a.dim() else a for a in arguments(*args)]
     x, _, _, _, _, _, up, up_b, gate, gate_b, down, down_b, activation, *_ = wide
     act, linear = ACTIVATIONS[activation], torch.nn.functional.linear
     h = act(linear(x, up, up_b)) if gate is None else act(linear(x, gate, gate_b)) * linear(x, up, up_b)
@@ -198,7 +199,7 @@ def test_no_token(device: str) -> None:
     problem = Problem(0, (50, 101, 12, True, True, "silu"), torch.float32, device)
     assert ffn.sparse_ffn(*problem.args(0.5)).shape == (0, 50)
     mask = torch.ones(0, problem.E, dtype=torch.bool, device=device)
-    h = ffn.expert_up(problem.x, mask, *problem.up, *problem.gate, "silu", problem.S)
+    h = ffn.expert_up(problem.x, mask, UpWeights(*problem.up, *problem.gate), "silu", problem.S)
     assert h.shape == (0, 101)
     assert ffn.expert_down(h, mask, None, *problem.down, problem.S).shape == (0, 50)
     assert ffn.select_experts(torch.empty(0, 9, device=device), torch.tensor(0.5, device=device), "reach").shape == (
@@ -217,7 +218,7 @@ def test_halves(device: str, layer: tuple, tokens: int, dtype: torch.dtype) -> N
     for activation in (problem.activation, "none"):
         if activation == "none" and problem.gate[0] is not None:
             continue
-        found = ffn.expert_up(problem.x, mask, *problem.up, *problem.gate, activation, problem.S)
+        found = ffn.expert_up(problem.x, mask, UpWeights(*problem.up, *problem.gate), activation, problem.S)
         expected = ops.expert_up._init_fn(problem.x.double(), mask, *wide, activation, problem.S)
         assert_near(found, expected)
         inactive = ~ops.expand_experts(mask, problem.S, found.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from torch_prunepath import SparsifyConfig, fit_routers, load, register_routing_hook, set_tau, sparse_layers, sparsify
 from torch_prunepath.checkpoint import read_info
-from torch_prunepath.commands.cli import _parser
-from torch_prunepath.console.settings import given_settings
+from torch_prunepath.commands.cli import COMMANDS, _parser
+from torch_prunepath.console.options import options_of
 from torch_prunepath.experts import fit
 from torch_prunepath.experts.fit import fit_router
 from torch_prunepath.layer.router import Router
@@ -57,9 +58,18 @@ def test_root_mean_square(D: int, dtype: torch.dtype) -> None:
 
 
 def test_it_is_off_unless_asked_for() -> None:
-    assert not SparsifyConfig().router_norm and not Router(3, 2).normalise
+    assert not SparsifyConfig().router_norm and not Router(3, 2).router_norm
     with pytest.raises(ValueError, match="router_norm='yes' must be True or False"):
         SparsifyConfig(router_norm="yes")  # type: ignore[arg-type]
+
+
+def test_routers_pickled_under_the_former_name_keep_it() -> None:
+    router, x = Router.of(torch.randn(3, 5), None, router_norm=True), torch.randn(2, 5)
+    expected = router(x)
+    router.normalise = vars(router).pop("router_norm")
+    assert not router.router_norm and not torch.equal(router(x), expected)
+    again = pickle.loads(pickle.dumps(router))
+    assert again.router_norm and not hasattr(again, "normalise") and torch.equal(again(x), expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"partition": "kmeans", "router": "centroid", "budget": "uniform"}], ids=str)
@@ -142,7 +152,7 @@ def test_an_adapter_around_a_router_hides_nothing() -> None:
     model, _ = sparse()
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["router"]))
     set_tau(wrapped, 0.7)  # writes the manifest anew
-    assert all(layer["router_norm"] for layer in model.config.quantization_config["layers"])
+    assert model.config.quantization_config["shared"]["router_norm"]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,8 @@ def test_an_adapter_around_a_router_hides_nothing() -> None:
 )
 def test_commands_take_every_setting(command: list[str]) -> None:
     def settings(*more: str) -> dict[str, Any]:
-        return given_settings(_parser().parse_args([*command, *more]))
+        found = options_of(COMMANDS[command[0]][0], _parser().parse_args([*command, *more]))
+        return found.settings  # type: ignore[no-any-return]
 
     assert settings() == {}
     assert settings("--router-norm") == {"router_norm": True}

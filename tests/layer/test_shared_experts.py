@@ -36,7 +36,7 @@ from torch_prunepath.layer.reference import select_reference, sparse_ffn_referen
 from torch_prunepath.layer.views import sparse_views
 from torch_prunepath.ops import operators as ops
 from torch_prunepath.ops.cpu import select as cpu_select
-from torch_prunepath.select import mask_from_scores, select_experts, sigmoid_gates
+from torch_prunepath.select import mask_from_scores, select_experts, sigmoid_weights
 from torch_prunepath.train import RoutingTape, TrainConfig, losses
 from torch_prunepath.train.terms import Targets
 
@@ -54,7 +54,7 @@ def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model.eval()(**inputs)[0]
 
 
-# --- selection and gates ----------------------------------------------------------------------------------------------
+# --- selection and weights --------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -82,7 +82,7 @@ def test_selection_is_that_of_the_others(
     level = torch.tensor(tau)
     found = mask_from_scores(scores, level, rule, shared)
     assert found[:, :shared].all() and torch.equal(found[:, shared:], others)
-    assert torch.equal(cpu_select.mask_of_tokens(scores, float(level), rule, shared), found)
+    assert torch.equal(cpu_select.select_experts(scores, level, rule, shared), found)
     assert torch.equal(ops.select_experts(scores, level, rule, shared), found)
     assert torch.equal(ops.select_experts._init_fn(scores, level, rule, shared), found)
     for scores_E, mask_E in zip(scores, found, strict=True):
@@ -104,12 +104,12 @@ def test_as_many_as_all_or_fewer_than_none_are_refused(shared: int) -> None:
 
 
 @pytest.mark.parametrize("shared", [0, 1, 3])
-def test_gates(shared: int) -> None:
+def test_weights(shared: int) -> None:
     scores = torch.randn(4, 7, requires_grad=True)
-    gates = sigmoid_gates(scores, 0.5, shared)
+    weights = sigmoid_weights(scores, 0.5, shared)
     expected = torch.cat([torch.ones(4, shared), torch.sigmoid(scores[:, shared:] + 0.5)], dim=1)
-    torch.testing.assert_close(gates, expected)
-    gates.sum().backward()
+    torch.testing.assert_close(weights, expected)
+    weights.sum().backward()
     assert scores.grad is not None and not scores.grad[:, :shared].any() and scores.grad[:, shared:].all()
 
 

@@ -217,8 +217,8 @@ def test_backward_opcheck() -> None:
         torch.library.opcheck(
             ops.expert_up_backward, (torch.randn(5, 37), x, mask, up, up_b, None, None, "gelu", 8, needs)
         )
-    for normalise in (False, True):
-        args = torch.randn(5, 9), x, torch.randn(9, 7), [True, False, True], normalise
+    for router_norm in (False, True):
+        args = torch.randn(5, 9), x, torch.randn(9, 7), [True, False, True], router_norm
         torch.library.opcheck(ops.router_scores_backward, args)
     torch.library.opcheck(
         ops.expert_down_backward, (torch.randn(5, 7), torch.randn(5, 37), mask, None, up, 8, [True, False, True, True])

@@ -16,6 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from torch_prunepath.weights import FFNWeights, Selector
+
 
 class NamedTarget:
     """A driver without a device."""
@@ -59,10 +61,11 @@ def calls(ffn):  # type: ignore[no-untyped-def]
         gate = gate if gated else (None, None)
         down = empty(width, hidden), empty(hidden)
         router = empty(experts, hidden), empty(experts)
-        tau = torch.tensor(0.5)
-        for normalise, shared in ((False, 0), (True, 0), (False, 2)):
-            ffn.sparse_ffn(x, *router, tau, rule, offset, *up, *gate, *down, activation, size, normalise, shared)
-        ffn.expert_up(x, mask, *up, *gate, activation, size)
+        weights, tau = FFNWeights(*up, *gate, *down), torch.tensor(0.5)
+        for router_norm, shared in ((False, 0), (True, 0), (False, 2)):
+            selector = Selector(*router, tau, rule, offset, router_norm, shared)
+            ffn.sparse_ffn(x, selector, weights, activation, size)
+        ffn.expert_up(x, mask, weights.up_part, activation, size)
         ffn.expert_down(empty(tokens, width), mask, None, *down, size)
         if tokens == 1:
             rows = up[0].t()

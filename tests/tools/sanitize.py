@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torch_prunepath.csrc_triton import ffn
 from torch_prunepath.csrc_triton.divergence import divergence
+from torch_prunepath.weights import FFNWeights, Selector, UpWeights
 
 D, F, S, E = 50, 101, 12, 9
 
@@ -17,13 +18,14 @@ def random(*shape: int) -> Tensor:
 
 def run(tokens: int) -> None:
     x, tau = random(tokens, D), torch.tensor(0.5, device="cuda")
-    weights = [random(F, D), random(F), random(F, D), random(F), random(F, D), random(D)]
-    for normalise, shared in ((False, 0), (True, 2)):
-        ffn.sparse_ffn(x, random(E, D), random(E), tau, "reach", 0.3, *weights, "silu", S, normalise, shared)
+    weights = FFNWeights(random(F, D), random(F), random(F, D), random(F), random(F, D), random(D))
+    for router_norm, shared in ((False, 0), (True, 2)):
+        selector = Selector(random(E, D), random(E), tau, "reach", 0.3, router_norm, shared)
+        ffn.sparse_ffn(x, selector, weights, "silu", S)
     mask = torch.rand(tokens, E, device="cuda") < 0.5
-    h = ffn.expert_up(x, mask, weights[0], None, None, None, "none", S)
-    ffn.expert_down(h, mask, None, weights[4], None, S)
-    ffn.linears(x[:1], [weights[0].t(), weights[2].t()], [weights[1], None])
+    h = ffn.expert_up(x, mask, UpWeights(weights.up_FD), "none", S)
+    ffn.expert_down(h, mask, None, weights.down_FD, None, S)
+    ffn.linears(x[:1], [weights.up_FD.t(), random(D, F)], [weights.up_bias_F, None])
     divergence(random(tokens, 5001), random(tokens, 5001), torch.rand(tokens, device="cuda"), 2.0, True)
 
 

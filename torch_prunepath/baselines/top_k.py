@@ -23,8 +23,9 @@ from torch_prunepath.baselines.routers import MLPRouter, UnitRouter, fit
 from torch_prunepath.config import check_choice, check_sparsity
 from torch_prunepath.experts.fit import centroid_init
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.router import Router, expert_sums
+from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.rules import top_share
+from torch_prunepath.ops.experts import expert_sums
 from torch_prunepath.sparsity import set_tau
 
 MoEficationRouter = Literal["mlp", "centroid"]

@@ -17,7 +17,7 @@ from torch_prunepath.bench.layers import SCORE_SPREAD
 from torch_prunepath.bench.options import DecodeOptions
 from torch_prunepath.bench.sources import is_sparse_checkpoint, load_folder
 from torch_prunepath.config import SparsifyConfig
-from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.console.errors import UserError
 from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.evaluation.models import longest_context
@@ -28,7 +28,8 @@ from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import register_routing_hook, set_tau
 
 SCALING_TOKENS = 64
-"""Random tokens on which the spread of routers' scores, and the size of FFNs' outputs, is measured."""
+"""Random tokens on which the spread of routers' scores, and the size of FFNs' outputs, is measured: means over D and E
+do not need more."""
 
 FFN_SHARE = 0.1
 """What one FFN of a model with random weights adds, relative to the embeddings."""
@@ -70,8 +71,7 @@ def make_sparse(name: str, model: Any, options: DecodeOptions) -> Any:
         gate=options.gate,  # type: ignore[arg-type]
         budget="uniform",
     )
-    with as_user_error(ValueError):
-        sparsify(model, tau=1.0, config=config, progress=False)
+    sparsify(model, tau=1.0, config=config, progress=False)
     _randomise_routers(model, options.seed)
     return model
 

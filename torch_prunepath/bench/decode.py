@@ -17,15 +17,15 @@ from torch._dynamo.exc import InvalidBackend
 
 from torch_prunepath.bench import results as record
 from torch_prunepath.bench.build import build_dense, make_sparse, random_ids
+from torch_prunepath.bench.check import relative_rms
 from torch_prunepath.bench.decoder import Decoder, Prefill, Step, Work, logits_of
-from torch_prunepath.bench.gate import relative_rms
 from torch_prunepath.bench.layers import Usage
+from torch_prunepath.bench.model_traffic import reach, rounding_noise, traffic, weight_bytes
+from torch_prunepath.bench.modes import CHECKED_CALLS, Measured, check_steps, describe, ready_steps, time_steps
 from torch_prunepath.bench.options import DecodeOptions
 from torch_prunepath.bench.profile import add_profile, start_profiles
-from torch_prunepath.bench.requests import Requests, paired
-from torch_prunepath.bench.sides import CHECKED_CALLS, Measured, check_steps, describe, ready_steps, time_steps
+from torch_prunepath.bench.prompts import Prompts, paired
 from torch_prunepath.bench.timing import copy_bandwidth
-from torch_prunepath.bench.wholes import reach, rounding_noise, traffic, weight_bytes
 from torch_prunepath.console.errors import as_user_error
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.evaluation.models import longest_context
@@ -34,7 +34,7 @@ from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import set_tau
 
 SEARCHED_CALLS = 4
-"""Decoding steps on which tau is searched; prompts are read once."""
+"""Decoding steps on which tau is searched, eagerly; prompts are read once."""
 
 BOUNDS: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2})
 """Largest relative RMS error of logits between two ways to compute one model."""
@@ -43,32 +43,34 @@ LARGEST_BOUND = 0.5
 """Where some roundings of the FFNs' inputs move logits by more than ``BOUNDS``, that much is allowed, but never
 more than this: zeros are 1 away, unrelated logits 1.4."""
 
+render = record.render
+
 Maker = Callable[[Any], Work]
 """Makes something to time from a model, dense or sparse."""
 
 
 @dataclass(frozen=True)
 class _Dense:
-    """What is kept of the dense model: by work, times, logits ``[R, V]`` and their bound; weight bytes; requests."""
+    """What is kept of the dense model: by work, times, logits ``[R, V]`` and their bound; weight bytes; prompts."""
 
     measured: list[Measured]
     logits: list[Tensor]
     bounds: list[float]
     weight_bytes: int
-    requests: list[dict[str, Any]]
+    prompts: list[dict[str, Any]]
 
 
-def run(options: DecodeOptions) -> dict[str, Any]:
+def run(options: DecodeOptions, command_line: str = "") -> dict[str, Any]:
     """Check, time, and return what was measured, ready for JSON.
 
     Raises:
-        UserError: if something that was asked for cannot be had; ``WrongResult`` if logits are wrong.
+        ValueError: if something that was asked for cannot be had; ``WrongResult`` if logits are wrong.
     """
     with as_user_error(InvalidBackend):
         torch._dynamo.lookup_backend(options.backend)
     start_profiles(options)
     bandwidth = copy_bandwidth(options.torch_device)
-    results = record.begin("decode", options, bandwidth)
+    results = record.begin("decode", options, command_line, bandwidth)
     results |= {"backend": options.backend, "context": options.context, "new_tokens": options.new_tokens}
     results |= {"prompts": [], "skipped": []}
     if options.profile is not None:
@@ -89,9 +91,9 @@ def _geometry(name: str, options: DecodeOptions, bandwidth: float, results: dict
     dense = _measure_dense(name, model, makers, options)
     release(options.torch_device)
     model = make_sparse(name, model, options)
-    rows, requests = _measure_sparse(name, model, makers, dense, options, bandwidth)
+    rows, prompts = _measure_sparse(name, model, makers, dense, options, bandwidth)
     results["rows"] += rows
-    results["prompts"] += requests
+    results["prompts"] += prompts
     del model
     release(options.torch_device)
 
@@ -122,18 +124,18 @@ def _makers(model: Any, options: DecodeOptions) -> tuple[list[Maker], list[str]]
             makers.append(decoder(batch))
         else:
             skipped.append(f"batch {batch}: {total} tokens are more than the context of {longest}")
-    for tokens in options.prompts:
+    for tokens in options.prompt_lengths:
         if tokens <= longest:
             makers.append(prefill(tokens))
         else:
             skipped.append(f"prompt of {tokens} tokens: more than the context of {longest}")
-    if options.requests and not _has_requests(model, options):
+    if options.num_prompts and not _has_prompts(model, options):
         skipped.append(f"prompts one by one: {total} tokens are more than the context of {longest}")
     return makers, skipped
 
 
-def _has_requests(model: Any, options: DecodeOptions) -> bool:
-    return options.requests > 0 and options.context + options.new_tokens <= longest_context(model)
+def _has_prompts(model: Any, options: DecodeOptions) -> bool:
+    return options.num_prompts > 0 and options.context + options.new_tokens <= longest_context(model)
 
 
 # --- one side after the other -----------------------------------------------------------------------------------------
@@ -153,8 +155,8 @@ def _measure_dense(name: str, model: Any, makers: Sequence[Maker], options: Deco
         _profile(what, work, steps, measured[-1], options)
         logits.append(expected_RV.cpu())
     mode = measured[0].best if measured else options.dense_modes[0]
-    requests = Requests(name, model, options, mode, "inductor").measure() if _has_requests(model, options) else []
-    return _Dense(measured, logits, bounds, weight_bytes(model), requests)
+    prompts = Prompts(name, model, options, mode, "inductor").measure() if _has_prompts(model, options) else []
+    return _Dense(measured, logits, bounds, weight_bytes(model), prompts)
 
 
 def _measure_sparse(
@@ -168,7 +170,7 @@ def _measure_sparse(
         steps = ready_steps(work, options.all_sparse_modes, options.backend, what)
         for sparsity in sorted({0.0, *options.sparsities}):
             used = reach(model, work, sparsity, SEARCHED_CALLS)
-            checked = _gate(model, work, steps, logits_RV.to(options.torch_device), bound, sparsity, what, options)
+            checked = _check(model, work, steps, logits_RV.to(options.torch_device), bound, sparsity, what, options)
             found = time_steps(work, steps, options)
             _profile(f"{what}, sparsity {sparsity:g}", work, steps, found, options)
             about = traffic(model, work, used, dense.weight_bytes, bandwidth)
@@ -177,7 +179,7 @@ def _measure_sparse(
             rows.append(record.clean(row | _details(work, measured, found) | checked))
             record.announce(rows[-1])
     mode = rows[0]["sparse_mode"] if rows else options.all_sparse_modes[0]
-    return rows, _sparse_requests(name, model, dense.requests, mode, options)
+    return rows, _sparse_prompts(name, model, dense.prompts, mode, options)
 
 
 def _profile(what: str, work: Work, steps: Mapping[str, Step], found: Measured, options: DecodeOptions) -> None:
@@ -191,7 +193,7 @@ def _bound(modules: Iterable[nn.Module], work: Work, expected_RV: Tensor, option
     return min(max(BOUNDS[options.torch_dtype], noise), LARGEST_BOUND)
 
 
-def _gate(
+def _check(
     model: Any,
     work: Work,
     steps: Any,
@@ -215,15 +217,15 @@ def _gate(
     return {"gate_error": error, "gate_bound": bound, "dense_distance": relative_rms(dense_RV, expected_RV)}
 
 
-def _sparse_requests(
+def _sparse_prompts(
     name: str, model: Any, dense: list[dict[str, Any]], mode: str, options: DecodeOptions
 ) -> list[dict[str, Any]]:
     if not dense:
         return []
-    requests, pairs = Requests(name, model, options, mode, options.backend), []
+    prompts, pairs = Prompts(name, model, options, mode, options.backend), []
     for sparsity in options.sparsities:
-        used = reach(model, requests.decoder, sparsity, SEARCHED_CALLS)
-        pairs += paired(dense, requests.measure(), sparsity, Usage.mean(list(used.values())).sparsity)
+        used = reach(model, prompts.decoder, sparsity, SEARCHED_CALLS)
+        pairs += paired(dense, prompts.measure(), sparsity, Usage.mean(list(used.values())).sparsity)
     return pairs
 
 

@@ -22,7 +22,7 @@ from torch_prunepath.bench.timing import Captured
 Step = Callable[[], Tensor]
 
 MOST_PARTS = 256
-"""Into which a row of logits is cut to find the largest."""
+"""Most parts that a row of logits is cut into to find the largest; the second step compares as many numbers."""
 
 
 def prepare(call: Callable[[], Any], mode: Mode, backend: str, before: Callable[[], None] | None = None) -> Any:

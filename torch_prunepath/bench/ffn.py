@@ -14,24 +14,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torch_prunepath.bench import results as record
-from torch_prunepath.bench.floor import Traffic
-from torch_prunepath.bench.gate import check_layer
+from torch_prunepath.bench.check import check_layer
 from torch_prunepath.bench.layers import LAYOUTS, Layer, Usage
 from torch_prunepath.bench.options import FFNOptions
 from torch_prunepath.bench.sources import Source, open_source
-from torch_prunepath.bench.timing import Timing, copy_bandwidth, peak_memory, ready, timed
+from torch_prunepath.bench.timing import Timing, Traffic, copy_bandwidth, peak_memory, ready, timed
 
 CHECKED_LAYERS = 2
+"""Layers whose outputs are compared: all are made alike, and float64 takes its time."""
+
+render = record.render
 
 
-def run(options: FFNOptions) -> dict[str, Any]:
+def run(options: FFNOptions, command_line: str = "") -> dict[str, Any]:
     """Check, time, and return what was measured, ready for JSON.
 
     Raises:
-        UserError: if something that was asked for cannot be had; ``WrongResult`` if an output is wrong.
+        ValueError: if something that was asked for cannot be had; ``WrongResult`` if an output is wrong.
     """
     bandwidth = copy_bandwidth(options.torch_device)
-    results = record.begin("ffn", options, bandwidth)
+    results = record.begin("ffn", options, command_line, bandwidth)
     total = len(options.geometries) * len(options.tokens) * len(options.sparsities)
     with tqdm(total=total, desc="bench ffn", unit="row", disable=None) as bar:
         for name in options.geometries:
@@ -97,7 +99,7 @@ def _rows(source: Source, tokens: int, options: FFNOptions, bandwidth: float) ->
         yield record.clean(
             {
                 "geometry": source.name,
-                "phase": "prefill" if tokens in options.prompts and tokens not in options.batches else "ffn",
+                "phase": "prefill" if tokens in options.prompt_lengths and tokens not in options.batches else "ffn",
                 "device": options.device,
                 "dtype": options.dtype,
                 "batch": tokens,

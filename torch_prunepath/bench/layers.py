@@ -17,8 +17,10 @@ from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.bench.geometry import Geometry
 from torch_prunepath.config import Rule, num_experts
 from torch_prunepath.ops import sparse_ffn as fused
-from torch_prunepath.ops.operators import expand_experts, router_scores, select_experts
+from torch_prunepath.ops.experts import expand_experts
+from torch_prunepath.ops.operators import router_scores, select_experts
 from torch_prunepath.search import tau_of_scores
+from torch_prunepath.weights import FFNWeights
 
 SCORE_SPREAD = 3.0
 """Standard deviation of a random router's scores over the experts."""
@@ -49,13 +51,18 @@ class Layer:
     gate_offset: float | None
     activation: str
     expert_size: int
-    normalise: bool = False
+    router_norm: bool = False
     shared: int = 0
 
     @property
     def ffn_size(self) -> int:
         """F."""
         return self.up_FD.shape[0]
+
+    @property
+    def weights(self) -> FFNWeights:
+        """All weights of the FFN, down as rows."""
+        return FFNWeights(self.up_FD, self.up_bias_F, self.gate_FD, self.gate_bias_F, self.down_FD, self.down_bias_D)
 
     def sparse(self, x_TD: Tensor) -> Tensor:
         """What is timed as ours."""
@@ -66,15 +73,10 @@ class Layer:
             self.tau,
             self.rule,
             self.gate_offset,
-            self.up_FD,
-            self.up_bias_F,
-            self.gate_FD,
-            self.gate_bias_F,
-            self.down_FD,
-            self.down_bias_D,
+            *self.weights,
             self.activation,
             self.expert_size,
-            self.normalise,
+            self.router_norm,
             self.shared,
         )
 
@@ -94,7 +96,7 @@ class Layer:
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """Router scores, float32 ``[T, E]``."""
-        return router_scores(x_TD, self.router_ED, self.router_bias_E, self.normalise)
+        return router_scores(x_TD, self.router_ED, self.router_bias_E, self.router_norm)
 
     def set_sparsity(self, x_TD: Tensor, sparsity: float) -> None:
         """Put tau where this share of the experts is inactive, averaged over these tokens; 0 is tau = 1."""

@@ -1,4 +1,4 @@
-"""What a person asked of ``prunepath bench``, checked before anything is loaded."""
+"""What ``prunepath bench`` takes, checked before anything is loaded. Nothing heavy is imported here: help is quick."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from torch_prunepath.bench.geometry import resolve
 from torch_prunepath.console.errors import UserError
+from torch_prunepath.console.options import option
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-)
+if TYPE_CHECKING:
+    import torch
+
+DTYPES: Mapping[str, str] = MappingProxyType({"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"})
+"""torch's names of the dtypes."""
 
 
 @dataclass(frozen=True)
@@ -43,64 +45,66 @@ MODES: Mapping[str, Mode] = MappingProxyType(
         "graph-combo": Mode("default", capture=True, combo_kernels=True),
     }
 )
-"""Those with ``graph`` compile without Inductor's own CUDA graphs, and record the result in one graph; CUDA only."""
+"""The modes by name. Those with ``graph`` compile without Inductor's own CUDA graphs, and record the result in one
+graph; CUDA only."""
 
 DEFAULT_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"cpu": ("default",), "cuda": ("graph", "graph-combo", "reduce-overhead", "graph-max-autotune")}
 )
+"""Modes of the dense model that are tried unless others are asked for: its best is the baseline, so all that may be."""
+
 DEFAULT_SPARSE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"cpu": ("default",), "cuda": ("graph", "graph-combo")}
 )
+"""Modes of the sparse model that are tried unless others are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class BenchOptions:
     """What both benchmarks take.
 
     Attributes:
-        geometries: names, or folders of models.
-        device: ``"cpu"`` or ``"cuda"``.
-        batches: tokens a call (``ffn``), or sequences decoded at once (``decode``).
-        prompts: prompt lengths that are read in one call.
+        geometries: known models' sizes by name, or models' folders.
+        device: where to run.
+        batches: tokens a call (ffn), or sequences decoded at once (decode).
+        prompt_lengths: prompt lengths to read at once.
         sparsities: inactive shares of the neurons, in [0, 1).
-        dtype: key of ``DTYPES``.
-        expert_size: S, where the model does not have experts already.
-        gate: ``"one"`` or ``"sigmoid"``, likewise.
-        layers: layers to time or to build; None: enough to exceed the caches (``ffn``), all (``decode``).
-        seconds: about how long each thing is timed.
-        seed: of everything random.
-        output: a folder for ``results.json`` and the plot, or None.
-        command_line: the command, for the record.
+        dtype: dtype of weights and activations.
+        expert_size: neurons an expert, where the model does not have experts already.
+        gate: weight of an active expert's output, where the model does not have experts already.
+        layers: layers to rotate (ffn) or to build (decode); by default enough to exceed the caches, or all.
+        seconds: how long to time each thing.
+        seed: seed of everything random (default: 0).
+        output: folder for results.json and the plot.
 
     Raises:
-        UserError: if anything does not fit.
+        ValueError: if anything does not fit, or there is no such device.
     """
 
-    geometries: Sequence[str]
-    device: str
-    batches: Sequence[int]
-    prompts: Sequence[int]
-    sparsities: Sequence[float]
-    dtype: str
-    expert_size: int
-    gate: str
-    layers: int | None
-    seconds: float
-    seed: int
-    output: Path | None
-    command_line: str
+    geometries: Sequence[str] = option("--geometry", metavar="NAME|DIR")
+    device: Literal["cpu", "cuda"] = "cpu"
+    batches: Sequence[int] = option("--batch", default=(1,), nargs="*")
+    prompt_lengths: Sequence[int] = option("--prompt", default=(), nargs="*")
+    sparsities: Sequence[float] = option("--sparsity", default=(0.5, 0.7, 0.8, 0.9, 0.95))
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    expert_size: int = 32
+    gate: Literal["one", "sigmoid"] = "one"
+    layers: int | None = None
+    seconds: float = 1.0
+    seed: int = 0
+    output: Path | None = option("-o", "--output", default=None)
 
     def __post_init__(self) -> None:
         for name in self.geometries:
             resolve(name)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("torch finds no CUDA device: use --device cpu, or a torch build that fits the driver")
-        if not (self.batches or self.prompts) or not self.sparsities:
+        if self.device == "cuda":
+            _check_cuda()
+        if not (self.batches or self.prompt_lengths) or not self.sparsities:
             raise UserError("nothing to time: give at least one --batch or --prompt, and one --sparsity")
-        counts = {"--batch": self.batches, "--prompt": self.prompts, "--expert-size": [self.expert_size]}
-        for option, values in (counts | {"--layers": [] if self.layers is None else [self.layers]}).items():
+        counts = {"--batch": self.batches, "--prompt": self.prompt_lengths, "--expert-size": [self.expert_size]}
+        for name, values in (counts | {"--layers": [] if self.layers is None else [self.layers]}).items():
             if any(value < 1 for value in values):
-                raise UserError(f"{option} takes whole numbers from 1")
+                raise UserError(f"{name} takes whole numbers from 1")
         for sparsity in self.sparsities:
             if not 0.0 <= sparsity < 1.0:
                 raise UserError(f"--sparsity {sparsity:g} is outside [0, 1): it is the inactive share of neurons")
@@ -110,55 +114,68 @@ class Options:
     @property
     def torch_device(self) -> torch.device:
         """The device."""
+        import torch
+
         return torch.device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of weights and activations."""
-        return DTYPES[self.dtype]
+        import torch
+
+        found: torch.dtype = getattr(torch, DTYPES[self.dtype])
+        return found
+
+
+def _check_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("torch finds no CUDA device: use --device cpu, or a torch build that fits the driver")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FFNOptions(Options):
-    """What ``prunepath bench ffn`` takes."""
+class FFNOptions(BenchOptions):
+    """One FFN, layers rotated past the last cache."""
 
     @property
     def tokens(self) -> list[int]:
         """Tokens a call: batches and prompts alike, without repetition, in order."""
-        return sorted({*self.batches, *self.prompts})
+        return sorted({*self.batches, *self.prompt_lengths})
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeOptions(Options):
-    """What ``prunepath bench decode`` takes beyond that.
+class DecodeOptions(BenchOptions):
+    """A whole model, compiled, decoding from a static cache.
 
     Attributes:
-        context: prompt tokens in the cache when decoding starts.
-        new_tokens: decoded tokens a timed run.
-        modes: dense modes, of which the best is the baseline; None: the device's default ones.
-        sparse_modes: likewise for sparse.
-        backend: ``torch.compile``'s backend of the sparse model.
-        requests: prompts of different lengths whose latency is measured one by one.
-        profile: a file for where the time of one call goes, or None.
+        context: tokens in the cache when decoding starts.
+        new_tokens: tokens decoded in a timed run.
+        modes: dense modes, of which the best is the baseline, of eager, default, max-autotune, reduce-overhead and, on
+            CUDA, graph, graph-combo, graph-max-autotune.
+        sparse_modes: sparse modes, of which the best counts.
+        backend: torch.compile's backend of the sparse model.
+        num_prompts: also measure N prompts of different lengths one by one.
+        profile: file for where one call's time goes: kernels (CUDA), operators (CPU).
     """
 
-    context: int
-    new_tokens: int
-    modes: Sequence[str] | None
-    sparse_modes: Sequence[str] | None
-    backend: str
-    requests: int
-    profile: Path | None = None
+    context: int = 128
+    new_tokens: int = 64
+    modes: Sequence[str] | None = option(default=None, metavar="MODE")
+    sparse_modes: Sequence[str] | None = option(default=None, metavar="MODE")
+    backend: str = "prunepath"
+    num_prompts: int = option("--prompts", default=0, metavar="N")
+    profile: Path | None = option(default=None, metavar="FILE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, value, least in (
+        for name, value, least in (
             ("--context", self.context, 1),
             ("--new-tokens", self.new_tokens, 1),
-            ("--prompts", self.requests, 0),
+            ("--prompts", self.num_prompts, 0),
         ):
             if value < least:
-                raise UserError(f"{option} takes whole numbers from {least}")
+                raise UserError(f"{name} takes whole numbers from {least}")
         if self.profile and self.output and self.output.absolute() in self.profile.absolute().parents:
             raise UserError(f"--output replaces its folder, and --profile {self.profile} with it: choose another place")
         for mode in {*self.dense_modes, *self.all_sparse_modes}:

@@ -13,21 +13,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from torch_prunepath.bench.options import Options
+from torch_prunepath.bench.options import BenchOptions
 from torch_prunepath.console import report
-from torch_prunepath.console.output import output_folder, writing
+from torch_prunepath.console.output import RESULTS, is_output_of, output_folder, writing
+from torch_prunepath.console.plot import new_figure
 
-FILE = "results.json"
 PLOT = "speedup.png"
 
 
-def begin(command: str, options: Options, bandwidth: float) -> dict[str, Any]:
+def begin(command: str, options: BenchOptions, command_line: str, bandwidth: float) -> dict[str, Any]:
     """The results object, without rows yet."""
     machine = report.machine()
     machine["versions"]["triton"] = _version("triton")
     return {
         "command": f"bench {command}",
-        "command_line": options.command_line,
+        "command_line": command_line,
         **machine,
         "commit": commit(),
         "device": options.device,
@@ -70,19 +70,11 @@ def finish(results: dict[str, Any], output: Path | None) -> dict[str, Any]:
     """
     if output is None:
         return results
-    with output_folder(output, ours=_is_ours) as folder, writing(output):
+    with output_folder(output, ours=is_output_of("bench")) as folder, writing(output):
         results["output"] = str(output)
         results["plot"] = _plot(results, folder, output)
-        (folder / FILE).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        (folder / RESULTS).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        results = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(results, dict) and str(results.get("command")).startswith("bench ")
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -94,8 +86,8 @@ def render(results: Mapping[str, Any]) -> str:
     lines += [f"bandwidth  {results['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, read and written by a large copy"]
     lines += [f"{name}: {about['weights']}" for name, about in results["geometries"].items()]
     lines += ["", *report.aligned([_HEAD, *map(_cells, results["rows"])])]
-    for request in results.get("prompts", []):
-        lines.append(_request(request))
+    for prompt in results.get("prompts", []):
+        lines.append(_prompt_line(prompt))
     lines += [f"not timed  {reason}" for reason in results.get("skipped", [])]
     if "profile" in results:
         lines += ["", f"profile    {results['profile']}"]
@@ -129,12 +121,12 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _request(request: Mapping[str, Any]) -> str:
+def _prompt_line(prompt: Mapping[str, Any]) -> str:
     return (
-        f"{request['geometry']} prompt {request['prompt']} ({request['prompt_tokens']} tokens) "
-        f"at {request['sparsity']:.0%}: latency {request['dense_latency_ms']:.1f} -> "
-        f"{request['sparse_latency_ms']:.1f} ms, {request['dense_tokens_per_s']:.1f} -> "
-        f"{request['sparse_tokens_per_s']:.1f} tokens/s"
+        f"{prompt['geometry']} prompt {prompt['prompt']} ({prompt['prompt_tokens']} tokens) "
+        f"at {prompt['sparsity']:.0%}: latency {prompt['dense_latency_ms']:.1f} -> "
+        f"{prompt['sparse_latency_ms']:.1f} ms, {prompt['dense_tokens_per_s']:.1f} -> "
+        f"{prompt['sparse_tokens_per_s']:.1f} tokens/s"
     )
 
 
@@ -149,12 +141,9 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 def _plot(results: Mapping[str, Any], folder: Path, output: Path) -> str | None:
     """Save the plot; None, and a line that says how to get it, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    figure = new_figure(7, 4.5)
+    if figure is None:
         return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, group in lines_of(results["rows"]).items():
         across = [100 * row["realised_sparsity"] for row in group]

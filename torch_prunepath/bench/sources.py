@@ -32,13 +32,14 @@ from torch_prunepath.layer.manifest import METHOD
 from torch_prunepath.layer.views import sparse_views
 
 CACHES = 4
-"""What one pass over the layers reads exceeds the last cache this many times, also at the highest sparsity."""
+"""How many times one pass over the layers reads more than the last cache holds, also at the highest sparsity: with 4,
+what a layer left in the cache is gone when its turn comes again."""
 
 MEMORY_SHARE = 0.4
-"""Of the free memory, at most, for the layers of one geometry."""
+"""Largest share of the free memory for the layers of one geometry: inputs, outputs and graphs need the rest."""
 
 CPU_BYTES = 4 << 30
-"""On CPU, at most, for the layers of one geometry."""
+"""Most bytes for the layers of one geometry on CPUs: more would take minutes to draw."""
 
 WINDOW = 256
 """Tokens of text that a model reads at once to yield its layers' inputs."""
@@ -133,7 +134,7 @@ def load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     sparse = is_sparse_checkpoint(folder)
-    with as_user_error(ValueError, OSError):
+    with as_user_error(OSError):
         model: Any = load(folder, dtype=dtype) if sparse else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.to(device).eval()
 
@@ -141,8 +142,7 @@ def load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def _own(folder: Path, options: FFNOptions) -> Source:
     model = load_folder(folder, options.torch_dtype, options.torch_device)
     sparse = is_sparse_checkpoint(folder)
-    with as_user_error(ValueError):
-        views = list(sparse_views(model).values()) if sparse else [FFNView(model, spec) for spec in find_ffns(model)]
+    views = list(sparse_views(model).values()) if sparse else [FFNView(model, spec) for spec in find_ffns(model)]
     shape = views[0].spec.hidden_size, views[0].spec.ffn_size
     views = [view for view in views if (view.spec.hidden_size, view.spec.ffn_size) == shape]
     ids, text = _token_ids(folder, model, max(options.tokens))
@@ -167,7 +167,7 @@ def _token_ids(folder: Path, model: Any, tokens: int) -> tuple[Tensor, str]:
         return ids_BC, "random token ids (the folder has no tokenizer)"
     from transformers import AutoTokenizer
 
-    with as_user_error(ValueError, OSError):
+    with as_user_error(OSError):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     corpus = load_corpus()
     ids_BC = windows(corpus.held_out, tokenizer, context=length, count=rows, part="held-out text")
@@ -208,12 +208,12 @@ def _layer(view: FFNView, options: FFNOptions) -> Layer:
     device, dtype = up_FD.device, up_FD.dtype
     rule: Rule = "reach"
     size, offset = options.expert_size, None if options.gate == "one" else 0.0
-    normalise, shared = False, 0
+    router_norm, shared = False, 0
     if isinstance(site, RoutedExperts):
         experts = site.experts
         size, rule, offset = experts.expert_size, experts.rule, None if experts.gate == "one" else experts.gate_offset
         router_ED, router_bias_E = site.router.weight, site.router.bias
-        normalise, shared = site.router_norm, experts.shared
+        router_norm, shared = site.router_norm, experts.shared
     else:
         generator = torch.Generator(device).manual_seed(options.seed)
         shape = num_experts(view.spec.ffn_size, size), view.spec.hidden_size
@@ -234,7 +234,7 @@ def _layer(view: FFNView, options: FFNOptions) -> Layer:
         gate_offset=offset,
         activation=view.spec.activation,
         expert_size=size,
-        normalise=normalise,
+        router_norm=router_norm,
         shared=shared,
     )
 

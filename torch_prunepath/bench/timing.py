@@ -1,4 +1,7 @@
-"""Clocks: CUDA graphs timed with events, CPU calls timed by turns; copy bandwidth, cache size, peak memory."""
+"""Clocks: CUDA graphs timed with events, CPU calls timed by turns; copy bandwidth, cache size, peak memory.
+
+The memory floor is the time that reading the bytes alone would take: see :class:`Traffic`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,17 @@ import torch
 Call = Callable[[], Any]
 
 FEWEST_ROUNDS = 5
+"""Rounds that are timed however long they take: with fewer, an inter-quartile range says nothing."""
+
 MOST_ROUNDS = 500
+"""Rounds that are timed however short they are: more do not move a median."""
+
 CPU_COPY_BYTES = 256 << 20
+"""Size of the copy that bandwidth is measured with on CPUs: beyond the largest caches, and soon done."""
+
 CUDA_COPY_BYTES = 1 << 30
+"""Size of that copy on CUDA devices, which are faster."""
+
 COVER_BYTES = 512 << 20
 """Summed before each timed CUDA call: the host queues the call while the device is busy with this. It also clears the
 cache, and as it writes nothing, it leaves no writing back to whatever comes next."""
@@ -132,6 +143,45 @@ def ready(call: Call, device: torch.device) -> Call:
     return Captured(call) if device.type == "cuda" else call
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that dense and sparse must read in one call, and the copy bandwidth measured in the same run.
+
+    Attributes:
+        dense_bytes: what the dense call reads.
+        sparse_bytes: what the sparse call reads, routers included.
+        bandwidth: bytes read and written a second by a large copy.
+    """
+
+    dense_bytes: float
+    sparse_bytes: float
+    bandwidth: float
+
+    @property
+    def floor_speedup(self) -> float:
+        """Speed-up of a sparse call at the floor over a dense call at the floor."""
+        return self.dense_bytes / self.sparse_bytes
+
+    def row(self, dense_us: float, sparse_us: float) -> dict[str, Any]:
+        """The columns of a table's row that compare two measured times, in microseconds, with the floor."""
+        speedup = dense_us / sparse_us
+        dense_rate, sparse_rate = self.dense_bytes / dense_us * 1e6, self.sparse_bytes / sparse_us * 1e6
+        return {
+            "dense_us": dense_us,
+            "sparse_us": sparse_us,
+            "speedup": speedup,
+            "floor_speedup": self.floor_speedup,
+            "kappa": speedup / self.floor_speedup,
+            "floor_us": self.sparse_bytes / self.bandwidth * 1e6,
+            "dense_bytes": round(self.dense_bytes),
+            "sparse_bytes": round(self.sparse_bytes),
+            "dense_bytes_per_s": dense_rate,
+            "sparse_bytes_per_s": sparse_rate,
+            "dense_bandwidth_share": dense_rate / self.bandwidth,
+            "sparse_bandwidth_share": sparse_rate / self.bandwidth,
+        }
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written a second by a large copy, the median of several."""
     size = CUDA_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
@@ -168,7 +218,7 @@ class Peak:
     growth: int | None = None
 
     def row(self) -> dict[str, int | None]:
-        """What a table's row says."""
+        """The columns of a table's row on memory."""
         return {"peak_bytes": self.bytes, "peak_growth_bytes": self.growth}
 
 

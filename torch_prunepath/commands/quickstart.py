@@ -6,17 +6,17 @@ It trades precision for time: a few thousand held-out tokens and short timed run
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch_prunepath.card import hub_name, write_card
+from torch_prunepath.commands.options import QuickstartOptions
 from torch_prunepath.console import report
-from torch_prunepath.console.errors import as_user_error
-from torch_prunepath.console.output import check_room, output_folder, writing
+from torch_prunepath.console.output import RESULTS, check_room, is_output_of, output_folder, say, writing
+from torch_prunepath.console.plot import new_figure
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
 from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch, load_gguf, load_model, longest_context
 from torch_prunepath.evaluation.perplexity import decode_speed, perplexity
@@ -24,48 +24,29 @@ from torch_prunepath.sparsity import SparsityRecord
 
 PROMPT = "The Python programming language is"
 PROMPT_TOKENS = 16
+"""Tokens read before decoding is timed: few, so that decoding is what takes the time."""
+
 WRITTEN_TOKENS = 32
-RESULTS = "results.json"
+"""Tokens that the reloaded model writes: enough for a sentence."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``prunepath quickstart`` was asked.
-
-    Attributes:
-        model: a name or folder; None for SmolLM2-135M-Instruct from the package index.
-        text: a UTF-8 file; None for Python's help topics.
-        output: the folder to write.
-        taus: thresholds to measure; the checkpoint keeps the middle one.
-        seed: seed of everything random.
-    """
-
-    model: str | None
-    text: str | None
-    output: Path
-    taus: Sequence[float]
-    seed: int
-
-
-def run(options: Options) -> dict[str, Any]:
+def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
     """Do everything and return what was measured, ready for JSON.
 
     Raises:
-        UserError: if the model, the text or the output cannot be had.
+        ValueError: if the model, the text or the output cannot be had, or the model cannot be made sparse.
     """
     import torch
 
     import torch_prunepath
-    from torch_prunepath.config import SparsifyConfig, check_tau
+    from torch_prunepath.config import SparsifyConfig
 
     started = time.perf_counter()
-    with as_user_error(ValueError):
-        taus = sorted({check_tau(tau) for tau in options.taus}, reverse=True)
-        config = SparsifyConfig(seed=options.seed)
+    taus, config = options.distinct_taus, SparsifyConfig(seed=options.seed)
     torch.manual_seed(options.seed)
     corpus = load_corpus(options.text)
-    with output_folder(options.output, ours=_is_ours) as folder:
-        _say("loading the model")
+    with output_folder(options.output, ours=is_output_of("quickstart")) as folder:
+        say("loading the model")
         name, model, tokenizer = _get_model(options.model)
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
@@ -105,18 +86,6 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        results = json.loads((folder / RESULTS).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(results, dict) and results.get("command") == "quickstart"
-
-
 def _get_model(name: str | None) -> tuple[str, Any, Any]:
     if name is None:
         return SMOLLM2.name, *load_gguf(fetch(SMOLLM2, cache_folder()))
@@ -144,7 +113,7 @@ def _measure(
 
     def row(name: str, tau: float, sparsity: float, quality: float) -> dict[str, Any]:
         speed = decode_speed(model, prompt_1P, title=f"{name}: decoding")
-        _say(f"{name}: sparsity {sparsity:.1%}, perplexity {quality:.2f}, {speed:.1f} tokens/s")
+        say(f"{name}: sparsity {sparsity:.1%}, perplexity {quality:.2f}, {speed:.1f} tokens/s")
         return {
             "name": name,
             "tau": tau,
@@ -153,12 +122,10 @@ def _measure(
             "tokens_per_second": round(speed, 2),
         }
 
-    with as_user_error(ValueError):
-        dense = perplexity(model, test_NC, title="dense: perplexity")
+    dense = perplexity(model, test_NC, title="dense: perplexity")
     rows = [row("dense", 1.0, 0.0, dense)]
-    _say("building experts and fitting routers")
-    with as_user_error(ValueError):
-        torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=[fit_NC])
+    say("building experts and fitting routers")
+    torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=[fit_NC])
     records = {}
     for tau in taus:
         torch_prunepath.set_tau(model, tau)
@@ -176,7 +143,7 @@ def _save_and_reload(model: Any, tokenizer: Any, test_NC: Any, folder: Path, out
 
     import torch_prunepath
 
-    _say("saving the checkpoint and loading it back")
+    say("saving the checkpoint and loading it back")
     with writing(output):
         model.save_pretrained(folder / "checkpoint")
         tokenizer.save_pretrained(folder / "checkpoint")
@@ -209,12 +176,9 @@ def _first_sentence(text: str) -> str:
 
 def _plot(rows: Sequence[dict[str, Any]], folder: Path, output: Path) -> str | None:
     """Save the plot; None, and a line that says how to get it, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _say("no plot: matplotlib is not installed (pip install matplotlib)")
+    figure = new_figure(9, 3.6)
+    if figure is None:
         return None
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
     dense, *sparse = rows
     panels = (("perplexity", "held-out perplexity"), ("tokens_per_second", "decoded tokens/s"))
     for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):

@@ -1,15 +1,14 @@
-"""``prunepath sparsify`` and ``prunepath info``: make a sparse checkpoint, and describe one."""
+"""The work of ``prunepath sparsify``: a sparse checkpoint, measured on text that it was not fitted to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from torch_prunepath.card import hub_name, write_card
+from torch_prunepath.commands.options import SparsifyOptions
 from torch_prunepath.console import report
-from torch_prunepath.console.errors import as_user_error
 from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
 from torch_prunepath.evaluation.make_sparse import search_windows
@@ -17,41 +16,15 @@ from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``prunepath sparsify`` was asked.
-
-    Attributes:
-        model: a name or folder, or a GGUF file.
-        text: a UTF-8 file; None for Python's help topics.
-        output: the folder to write.
-        tau: the threshold.
-        sparsity: in place of ``tau``: the sparsity to reach on the calibration data.
-        settings: fields of :class:`torch_prunepath.SparsifyConfig` that differ from their defaults.
-    """
-
-    model: str
-    text: str | None
-    output: Path
-    tau: float
-    sparsity: float | None
-    settings: Mapping[str, Any]
-
-
-def run(options: Options) -> dict[str, Any]:
+def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
     """Sparsify, measure, save; return what was made, ready for JSON.
 
     Raises:
-        UserError: if the model, the text or the output cannot be had, or settings do not fit.
+        ValueError: if the model, the text or the output cannot be had, or settings do not fit the model.
     """
     import torch_prunepath
-    from torch_prunepath.config import SparsifyConfig, check_tau
 
-    with as_user_error(ValueError):
-        config = SparsifyConfig(**options.settings)
-        tau = check_tau(options.tau)
-        if options.sparsity is not None and not 0.0 <= options.sparsity < 1.0:
-            raise ValueError(f"sparsity={options.sparsity} is outside [0, 1): it is the inactive share of neurons")
+    config, tau = options.config, options.tau
     corpus = load_corpus(options.text)
     with output_folder(options.output, ours=lambda _: False) as folder:
         model, tokenizer = load_model(options.model)
@@ -66,12 +39,10 @@ def run(options: Options) -> dict[str, Any]:
             "config": asdict(config),
             "output": str(options.output),
         }
-        with as_user_error(ValueError):
-            dense = perplexity(model, test_NC, title="dense: perplexity")
-            torch_prunepath.sparsify(model, tau=tau, config=config, calibration=[fit_NC] if config.needs_data else None)
-            if options.sparsity is not None:
-                some_NC = search_windows(fit_NC)
-                tau = torch_prunepath.set_sparsity(model, options.sparsity, some_NC)
+        dense = perplexity(model, test_NC, title="dense: perplexity")
+        torch_prunepath.sparsify(model, tau=tau, config=config, calibration=[fit_NC] if config.needs_data else None)
+        if options.sparsity is not None:
+            tau = torch_prunepath.set_sparsity(model, options.sparsity, search_windows(fit_NC))
         with torch_prunepath.record_sparsity(model) as record:
             sparse = perplexity(model, test_NC, title="sparse: perplexity")
         results |= {"tau": tau, "sparsity": record.sparsity, "perplexity": sparse, "dense_perplexity": dense}
@@ -91,32 +62,5 @@ def render(results: Mapping[str, Any]) -> str:
         f"sparsity    {results['sparsity']:.1%} of FFN neurons inactive on held-out text",
         f"perplexity  {results['perplexity']:.2f} on held-out text (dense {results['dense_perplexity']:.2f})",
         f"checkpoint  {results['output']}",
-    ]
-    return "\n".join(lines)
-
-
-def info(folder: Path) -> dict[str, Any]:
-    """What a sparse checkpoint is, from its configuration alone.
-
-    Raises:
-        UserError: if there is no sparse checkpoint.
-    """
-    from torch_prunepath.checkpoint import read_info
-
-    with as_user_error(ValueError, OSError):
-        return {"command": "info", "checkpoint": str(folder), **read_info(folder)}
-
-
-def render_info(results: Mapping[str, Any]) -> str:
-    """The results of :func:`info` as people read them."""
-    settings = ", ".join(f"{name} {value}" for name, value in results["config"].items())
-    head = ("layer", "neurons", "experts", "expert size", "rule", "tau")
-    keys = ("name", "ffn_size", "experts", "expert_size", "rule")
-    rows = [(*(str(layer[key]) for key in keys), f"{layer['tau']:.6g}") for layer in results["layers"]]
-    lines = [
-        f"checkpoint  {results['checkpoint']} (format {results['format_version']}, {len(rows)} sparse layers)",
-        f"made with   {settings}",
-        "",
-        *report.aligned([head, *rows]),
     ]
     return "\n".join(lines)

@@ -18,21 +18,22 @@ from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from torch_prunepath import activations
+from torch_prunepath import activations, weights
 from torch_prunepath.compile import decoding, graph, inline, passes
 from torch_prunepath.compile.passes import PASSES, run_passes
-from torch_prunepath.ops import linears, operators, sparse_ffn
+from torch_prunepath.ops import experts, linears, operators, sparse_ffn
 
 DISABLE = "prunepath.disable"
 """The option that names the passes to leave out."""
 
 HOOK = "post_grad_custom_pre_pass"
+"""The place in Inductor's configuration where our passes run: on graphs of aten operators, before it fuses them."""
 
 SOURCES = tuple(
     str(Path(str(module.__file__)))
-    for module in (activations, sparse_ffn, operators, decoding, graph, inline, linears, passes)
+    for module in (activations, weights, experts, sparse_ffn, operators, decoding, graph, inline, linears, passes)
 )
-"""What a compiled graph depends on beside its own operators: the passes, and what they inline."""
+"""Files that a compiled graph depends on beside its own operators: the passes, and what they inline."""
 
 # Passes that are told whether a graph is for inference: newer torch only.
 _InferenceAware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", CustomGraphPass)
@@ -86,9 +87,9 @@ class Rewrite(_InferenceAware):  # type: ignore[misc, valid-type]
     """Inductor's hook: runs the passes that the user gave Inductor for the same place, then ours.
 
     Args:
-        names: of the passes of ``PASSES`` to run.
+        names: which passes of ``PASSES`` to run.
         training: whether gradients will be taken through the graph.
-        first: what was in the hook before: None, a pass, or a sequence of passes.
+        first: what the hook held before: None, a pass, or a sequence of passes.
     """
 
     def __init__(self, names: tuple[str, ...], training: bool, first: Any) -> None:

@@ -17,7 +17,7 @@ from torch_prunepath.ops.linears import linears
 
 
 def fuse_linears(graph: fx.Graph, training: bool) -> int:
-    """Dense linear layers of one token in half precision, on a CUDA device: those that read the same token together."""
+    """Join the dense linear layers of one token that read it together, in half precision on a CUDA device."""
     if training:
         return 0
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
@@ -32,7 +32,7 @@ def fuse_linears(graph: fx.Graph, training: bool) -> int:
 
 
 class _Linear(NamedTuple):
-    """``x @ weight + bias``."""
+    """The parts of a call that computes ``x @ weight + bias``."""
 
     x: fx.Node
     weight: fx.Node
@@ -40,7 +40,7 @@ class _Linear(NamedTuple):
 
 
 def _linear(node: fx.Node) -> _Linear | None:
-    """The parts of a linear layer that :func:`fuse_linears` takes, otherwise None."""
+    """The parts of a linear layer that :func:`fuse_linears` takes; None if ``node`` is something else."""
     if node.kwargs:
         return None
     if calls(node, aten.mm.default):
@@ -93,7 +93,7 @@ def _fuse_linears(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def _transposes(weight: fx.Node) -> list[fx.Node]:
-    """What :func:`_is_parameter` passes, in the graph's order."""
+    """The transposes between a parameter and its use, in the graph's order."""
     passed = []
     while calls(weight, aten.permute.default):
         passed.append(weight)
@@ -105,7 +105,7 @@ def _transposes(weight: fx.Node) -> list[fx.Node]:
 
 
 def share_heads(graph: fx.Graph, training: bool) -> int:
-    """Attention of one token a sequence reads keys and values that several heads share as they are, not repeated.
+    """Let attention of one token a sequence read keys and values that several heads share as they are, not repeated.
 
     That is where PyTorch chose cuDNN, whose attention knows grouped queries (Ainslie et al., arXiv 2305.13245).
     """

@@ -14,7 +14,7 @@ aten = torch.ops.aten
 _RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default})
 
 Operator = Callable[..., Any]
-"""A ``torch.library.custom_op``."""
+"""An operator that ``torch.library.custom_op`` made."""
 
 
 def overload(op: Operator) -> torch._ops.OpOverload:
@@ -54,7 +54,7 @@ def skip_reshapes(value: object, passed: set[fx.Node]) -> object:
 
 
 def behind_reshapes(value: object, passed: set[fx.Node]) -> fx.Node | None:
-    """:func:`skip_reshapes`, but None if that is no node or has another shape than ``value``."""
+    """What ``value`` is a reshape of, or ``value``; None if that is no node or has another shape."""
     node = skip_reshapes(value, passed)
     if not isinstance(node, fx.Node) or not isinstance(value, fx.Node) or not same_shape(node, value):
         return None

@@ -1,4 +1,4 @@
-"""An operator's default implementation, traced to aten, in the place of a call of the operator."""
+"""Putting an operator's default implementation, traced to aten, in the place of a call of the operator."""
 
 from __future__ import annotations
 

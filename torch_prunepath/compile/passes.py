@@ -38,7 +38,7 @@ from torch_prunepath.ops import operators as ops
 from torch_prunepath.ops.sparse_ffn import sparse_ffn
 
 Pass = Callable[[fx.Graph, bool], int]
-"""``(graph, training) -> places changed``; ``training``: whether gradients will be taken through the graph."""
+"""A function ``(graph, training) -> places changed``; ``training``: whether gradients are taken through the graph."""
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def run_passes(graph: fx.Graph, names: Iterable[str], training: bool) -> None:
 
 
 def fuse_relu(graph: fx.Graph, training: bool) -> int:
-    """Where a model itself calls relu between the halves of its FFN, ``expert_up`` takes it in."""
+    """Let ``expert_up`` take in the relu that a model itself calls between the halves of its FFN."""
     return sum(_fuse_relu(graph, down) for down in calls_to(graph, ops.expert_down))
 
 
@@ -84,7 +84,7 @@ def _fuse_relu(graph: fx.Graph, down: fx.Node) -> bool:
 
 
 def inline_dense(graph: fx.Graph, training: bool) -> int:
-    """Where all neurons are computed anyway, show Inductor the masking, activation and gating, so that it fuses them.
+    """Show Inductor the masking, activation and weighing where all neurons are computed anyway, so that it fuses them.
 
     That is in backward graphs, and in forward graphs of more than ``UNION_TOKENS`` tokens. If their number is not
     known when the graph is compiled, then in graphs for training.
@@ -110,7 +110,7 @@ def _many_tokens(node: fx.Node, training: bool) -> bool:
 
 
 def fuse_ffn(graph: fx.Graph, training: bool) -> int:
-    """A router, its selection and the two halves of an FFN become one ``sparse_ffn``, if nothing else reads between."""
+    """Make one ``sparse_ffn`` of a router, its selection and both halves of an FFN, if nothing else reads between."""
     return sum(_fuse_ffn(graph, down) for down in calls_to(graph, ops.expert_down))
 
 
@@ -139,23 +139,23 @@ def _ffn_arguments(down: fx.Node, interior: set[fx.Node]) -> tuple[Any, ...] | N
     if not same_tensor(u["x_TD"], r["x_TD"]) or u["expert_size"] != d["expert_size"] or u["activation"] == "none":
         return None
     offset = None
-    if d["gates_TE"] is not None:
-        offset = _gate_offset(d["gates_TE"], router, s["shared"], interior)
+    if d["weights_TE"] is not None:
+        offset = _gate_offset(d["weights_TE"], router, s["shared"], interior)
         if offset is None:
             return None
-    routing = (r["weight_ED"], r["bias_E"], s["tau"], s["rule"], offset)
+    routing = (r["router_ED"], r["router_bias_E"], s["tau"], s["rule"], offset)
     rows = (u["up_FD"], u["up_bias_F"], u["gate_FD"], u["gate_bias_F"], d["down_FD"], d["down_bias_D"])
-    return (u["x_TD"], *routing, *rows, u["activation"], u["expert_size"], r["normalise"], s["shared"])
+    return (u["x_TD"], *routing, *rows, u["activation"], u["expert_size"], r["router_norm"], s["shared"])
 
 
-def _gate_offset(gates: fx.Node, router: fx.Node, shared: int, interior: set[fx.Node]) -> float | None:
-    """The c where ``gates`` is ``sigmoid(scores + c)`` of these scores, otherwise None.
+def _gate_offset(weights: fx.Node, router: fx.Node, shared: int, interior: set[fx.Node]) -> float | None:
+    """The c of ``weights = sigmoid(scores + c)``; None if they are something else, or of other scores.
 
-    With ``shared`` experts, where it is the ``select.sigmoid_gates`` of as many.
+    With ``shared`` experts, the c of ``select.sigmoid_weights`` of as many.
     """
-    routed: object = gates
+    routed: object = weights
     if shared:
-        padded = behind_reshapes(gates, interior)
+        padded = behind_reshapes(weights, interior)
         if padded is None or not calls(padded, aten.constant_pad_nd.default) or padded.args[1:] != ([shared, 0], 1.0):
             return None
         interior.add(padded)
@@ -176,7 +176,7 @@ def _gate_offset(gates: fx.Node, router: fx.Node, shared: int, interior: set[fx.
         interior.add(scores)
         scores = behind_reshapes(scores.args[0], interior)
         scores = _uncut(scores, interior)
-    found = scores is router and type(offset) in (int, float) and same_shape(router, gates)
+    found = scores is router and type(offset) in (int, float) and same_shape(router, weights)
     return float(offset) if found else None
 
 
@@ -215,4 +215,4 @@ PASSES: Mapping[str, Pass] = MappingProxyType(
         "share_heads": share_heads,
     }
 )
-"""By name, in the order in which they run."""
+"""Passes by name, in the order in which they run."""

@@ -1,1 +1,1 @@
-"""What every command shares: errors in one line, settings, output folders, tables."""
+"""What every command shares: parsers made from options, errors in one line, output folders, tables, plots."""

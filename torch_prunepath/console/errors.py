@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LONGEST = 400
+"""Characters of a message that are shown: what libraries raise may hold a whole file."""
 
 
 class UserError(ValueError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,9 @@ from safetensors import SafetensorError
 from torch_prunepath.console.errors import UserError, write_error
 
 REMEDY = "choose another place with --output"
+
+RESULTS = "results.json"
+"""The file of an output folder that holds the results, by which a command knows its own folders again."""
 
 
 @contextmanager
@@ -42,6 +47,24 @@ def output_folder(path: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_output_of(command: str) -> Callable[[Path], bool]:
+    """Tells of a folder whether it holds the results of ``command``, or of a command that begins so."""
+
+    def ours(folder: Path) -> bool:
+        try:
+            results = json.loads((folder / RESULTS).read_text())
+        except (OSError, ValueError):
+            return False
+        return isinstance(results, dict) and f"{results.get('command')} ".startswith(f"{command} ")
+
+    return ours
+
+
+def say(line: str) -> None:
+    """Tell the person who waits, on standard error and at once: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

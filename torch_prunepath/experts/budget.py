@@ -26,7 +26,7 @@ from torch_prunepath.inputs.data import Inputs, evaluation_mode
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import quiet, removing
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.ops.operators import expand_experts
+from torch_prunepath.ops.experts import expand_experts
 from torch_prunepath.select import mask_from_scores
 
 FISHER_TOKENS = 4096

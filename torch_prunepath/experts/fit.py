@@ -20,8 +20,8 @@ from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.manifest import attach, attached, describe
-from torch_prunepath.layer.router import expert_sums
 from torch_prunepath.layer.views import sparse_layers, sparse_views
+from torch_prunepath.ops.experts import expert_sums
 from torch_prunepath.rms import normalised
 from torch_prunepath.sparsity import register_routing_hook
 
@@ -213,9 +213,9 @@ def _dot(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def fitted_router(
-    x_ND: Tensor, h_NF: Tensor, down_FD: Tensor, expert_size: int, normalise: bool, shared: int
+    x_ND: Tensor, h_NF: Tensor, down_FD: Tensor, expert_size: int, router_norm: bool, shared: int
 ) -> tuple[Tensor, Tensor]:
     """A router fitted to what each expert contributes; shared ones take no part, and their scores are 0."""
     shares_NE = contribution_shares(h_NF, down_FD, expert_size, shared)
-    weight_ED, bias_E = fit_router(normalised(x_ND) if normalise else x_ND, shares_NE)
+    weight_ED, bias_E = fit_router(normalised(x_ND) if router_norm else x_ND, shares_NE)
     return nnf.pad(weight_ED, (0, 0, shared, 0)), nnf.pad(bias_E, (shared, 0))

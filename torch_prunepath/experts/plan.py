@@ -71,7 +71,7 @@ def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig, fish
     weight_ED, bias_E = _start_router(view, order_F, x_ND, h_NF, config)
     dtype = view.down_FD.dtype
     bias_E = None if bias_E is None else bias_E.to(dtype)
-    router = Router.of(weight_ED.to(dtype), bias_E, normalise=config.router_norm)
+    router = Router.of(weight_ED.to(dtype), bias_E, router_norm=config.router_norm)
     curve = None
     if fisher_DD is not None:
         assert x_ND is not None and h_NF is not None

@@ -7,11 +7,11 @@ gate and up, a column of down.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.activations import activate
 from torch_prunepath.config import FFNSpec
+from torch_prunepath.weights import FFNWeights, UpWeights
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -44,7 +44,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 def _set_weight(module: nn.Module, weight_oi: Tensor) -> None:
-    """Store ``[out, in]`` in the module's own orientation, keeping the parameter object and the given strides."""
+    """Store a weight ``[out, in]`` in the module's own orientation; parameter object and given strides stay."""
     module.weight.data = weight_oi.t() if is_transposed(module) else weight_oi  # type: ignore[union-attr]
 
 
@@ -81,11 +81,11 @@ class FFNView:
 
     @property
     def site(self) -> str:
-        """See :func:`site_name`."""
+        """Qualified name of the module that owns the router once the FFN is sparse."""
         return site_name(self.spec)
 
     def _halves(self, tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """(gate, up) of something whose first dimension is ``up``'s output features."""
+        """The parts of gate and of up in something whose first dimension is the output features of ``up``."""
         if tensor is None or self.spec.fused is None:
             return None, tensor
         first, second = tensor.split(self.spec.ffn_size)
@@ -123,18 +123,19 @@ class FFNView:
         """Bias of down ``[D]``, or None."""
         return bias_of(self.down)
 
+    @property
+    def up_weights(self) -> UpWeights:
+        """What makes hidden activations, all views."""
+        return UpWeights(self.up_FD, self.up_bias_F, self.gate_FD, self.gate_bias_F)
+
+    @property
+    def weights(self) -> FFNWeights:
+        """All weights of the FFN, all views."""
+        return FFNWeights(self.up_FD, self.up_bias_F, self.gate_FD, self.gate_bias_F, self.down_FD, self.down_bias_D)
+
     def hidden(self, x_TD: Tensor) -> Tensor:
         """What ``down`` receives, ``[T, F]``, in the dtype of ``x_TD`` (weights are cast to it)."""
-        dtype = x_TD.dtype
-
-        def project(weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-            return nnf.linear(x_TD, weight_FD.to(dtype), None if bias_F is None else bias_F.to(dtype))
-
-        act = ACTIVATIONS[self.spec.activation]
-        up_TF = project(self.up_FD, self.up_bias_F)
-        if self.gate_FD is None:
-            return act(up_TF)
-        return act(project(self.gate_FD, self.gate_bias_F)) * up_TF
+        return activate(*self.up_weights.to(x_TD.dtype).project(x_TD), self.spec.activation)
 
     @torch.no_grad()
     def permute_(self, order_F: Tensor) -> None:

@@ -7,7 +7,7 @@ A reader that does not know the method skips it and loads the dense model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,19 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        whole = dataclasses.asdict(self)
+        shared, layers = _factored(whole["layers"])
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "config": whole["config"],
+            "shared": shared,
+            "layers": layers,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
-        """Read what :meth:`to_dict` wrote.
+        """Read what :meth:`to_dict` wrote, in this format or an earlier one.
 
         Raises:
             ValueError: if the format is newer than this package, or the data is damaged.
@@ -77,13 +85,43 @@ class Manifest:
                 f"{FORMAT_VERSION}: upgrade torch_prunepath"
             )
         try:
-            layers = tuple(
-                LayerManifest(**{**layer, "ffn": FFNSpec(**layer["ffn"]), "experts": ExpertsSpec(**layer["experts"])})
-                for layer in data["layers"]
-            )
+            shared = data["shared"] if version >= 2 else {}
+            layers = tuple(_layer(_merged(shared, layer)) for layer in data["layers"])
             return cls(layers, SparsifyConfig(**data["config"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"damaged prunepath manifest ({error}): save the model again") from error
+
+
+def _factored(layers: Sequence[dict[str, Any]], apart: Sequence[str] = ("tau",)) -> tuple[dict[str, Any], list[Any]]:
+    """What all layers share, and what remains of each; ``_merged`` puts them together again.
+
+    tau stays with each layer, also where all are equal: it is what a person who reads the file looks for.
+    """
+    shared: dict[str, Any] = {}
+    own: list[dict[str, Any]] = [{} for _ in layers]
+    for key in layers[0] if layers else ():
+        values = [layer[key] for layer in layers]
+        if isinstance(values[0], dict):
+            part, remains = _factored(values, apart=("name",))
+            shared[key] = part
+            for layer, rest in zip(own, remains, strict=True):
+                if rest:
+                    layer[key] = rest
+        elif key not in apart and all(value == values[0] for value in values):
+            shared[key] = values[0]
+        else:
+            for layer, value in zip(own, values, strict=True):
+                layer[key] = value
+    return shared, own
+
+
+def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {key: {**value, **own.get(key, {})} for key, value in shared.items() if isinstance(value, Mapping)}
+    return {**shared, **own, **nested}
+
+
+def _layer(data: Mapping[str, Any]) -> LayerManifest:
+    return LayerManifest(**{**data, "ffn": FFNSpec(**data["ffn"]), "experts": ExpertsSpec(**data["experts"])})
 
 
 def describe(model: nn.Module, config: SparsifyConfig) -> Manifest:
@@ -161,7 +199,7 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         weight = weight_out_in(view.up)
         ffn, size = view.spec, layer.experts.expert_size
         router = Router(ffn.hidden_size, num_experts(ffn.ffn_size, size), bias=layer.router_bias).to(weight.dtype)
-        router.normalise = layer.router_norm
+        router.router_norm = layer.router_norm
         with torch.device(weight.device):
             order_F = torch.arange(ffn.ffn_size)
         site = make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)

@@ -5,17 +5,14 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor, nn
 
-from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.activations import activate
 from torch_prunepath.layer.ffn import FFNView, bias_of, weight_out_in
-from torch_prunepath.ops.operators import expand_experts, expert_down, expert_up, zero_inactive
-
-Weights: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""Of up ``[F, D]`` and ``[F]``, then of gate likewise, as far as there are any."""
+from torch_prunepath.ops.experts import weigh, zero_inactive
+from torch_prunepath.ops.operators import expert_down, expert_up
+from torch_prunepath.weights import UpWeights
 
 
 def is_plain(view: FFNView, *modules: nn.Module | None) -> bool:
@@ -49,60 +46,55 @@ def is_idle(owner: nn.Module, dropout: str | None) -> bool:
 
 
 def up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
-    """``[T, D] -> [T, F]``: what goes into the last projection, 0 where experts are inactive."""
+    """What goes into the last projection, 0 where experts are inactive: ``[T, D] -> [T, F]``."""
     if is_plain(view, view.up, view.gate):
-        weights = view.up_FD, view.up_bias_F, view.gate_FD, view.gate_bias_F
-        return up_of(x_TD, mask_TE, weights, activation, size)
+        return up_of(x_TD, mask_TE, view.up_weights, activation, size)
     return up_by_modules(view, x_TD, mask_TE, activation, size)
 
 
 def up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
     """Let the projections compute every neuron, whatever wraps them; then drop what is inactive."""
-    act = ACTIVATIONS[activation]
-    pre = view.up(x_TD)
+    up_TF, gate_TF = view.up(x_TD), None
     if view.gate is not None:
-        h_TF = act(view.gate(x_TD)) * pre
+        gate_TF = view.gate(x_TD)
     elif view.spec.fused is not None:
-        first, second = pre.chunk(2, dim=-1)
-        h_TF = act(first) * second if view.spec.fused == "gate_up" else first * act(second)
-    else:
-        h_TF = act(pre)
-    return zero_inactive(h_TF, mask_TE, size)
+        first, second = up_TF.chunk(2, dim=-1)
+        up_TF, gate_TF = (second, first) if view.spec.fused == "gate_up" else (first, second)
+    return zero_inactive(activate(up_TF, gate_TF, activation), mask_TE, size)
 
 
-def up_of(x_TD: Tensor, mask_TE: Tensor, weights: Weights, activation: str, size: int) -> Tensor:
-    """:func:`up` of these weights, by the operator."""
+def up_of(x_TD: Tensor, mask_TE: Tensor, weights: UpWeights, activation: str, size: int) -> Tensor:
+    """:func:`up` by the operator, from weights that are given."""
     x, *cast = _autocast(x_TD, *weights)
     return expert_up(x, mask_TE, *cast, activation, size)
 
 
-def down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
-    """``[T, F] -> [T, D]``, each expert's part times its gate."""
+def down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, size: int) -> Tensor:
+    """The FFN's output, each expert's part times its weight: ``[T, F] -> [T, D]``."""
     if is_plain(view, view.down):
-        return down_of(view.down, h_TF, mask_TE, gates_TE, size)
-    return down_by_modules(view, h_TF, mask_TE, gates_TE, size)
+        return down_of(view.down, h_TF, mask_TE, weights_TE, size)
+    return down_by_modules(view, h_TF, mask_TE, weights_TE, size)
 
 
-def down_by_modules(view: FFNView, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
+def down_by_modules(view: FFNView, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, size: int) -> Tensor:
     """Let the last projection read every neuron: inactive ones are 0."""
-    if gates_TE is not None:
-        h_TF = h_TF * expand_experts(gates_TE, size, h_TF.shape[1]).to(h_TF.dtype)
+    h_TF = weigh(h_TF, weights_TE, size)
     if is_plain(view, view.down) and not torch.is_autocast_enabled(h_TF.device.type):
         h_TF = h_TF.to(weight_out_in(view.down).dtype)  # T5's is float32 whatever the model's
     y_TD: Tensor = view.down(h_TF)
     return y_TD
 
 
-def down_of(module: nn.Module, h_TF: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, size: int) -> Tensor:
-    """:func:`down` of this projection, by the operator."""
+def down_of(module: nn.Module, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, size: int) -> Tensor:
+    """:func:`down` by the operator, of a projection that is given."""
     h, weight_DF, bias_D = _autocast(h_TF, weight_out_in(module), bias_of(module))
     assert h is not None and weight_DF is not None
     # T5 keeps its last projection in float32 whatever the model's dtype.
-    return expert_down(h.to(weight_DF.dtype), mask_TE, gates_TE, weight_DF.t(), bias_D, size)
+    return expert_down(h.to(weight_DF.dtype), mask_TE, weights_TE, weight_DF.t(), bias_D, size)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to a linear layer's inputs: our operators are not on its list."""
+    """Cast tensors as autocast casts a linear layer's inputs: our operators are not on its list."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)

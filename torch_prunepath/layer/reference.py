@@ -32,27 +32,29 @@ def select_reference(scores: list[float], tau: float, rule: str = "reach", share
     return active
 
 
-def router_scores_reference(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, normalise: bool = False) -> Tensor:
-    """Router scores in float64, token by token; of the token divided by its root mean square if ``normalise``."""
-    weight_ED, bias_E = weight_ED.double(), None if bias_E is None else bias_E.double()
+def router_scores_reference(
+    x_TD: Tensor, router_ED: Tensor, router_bias_E: Tensor | None, router_norm: bool = False
+) -> Tensor:
+    """Router scores in float64, token by token; with ``router_norm``, tokens are divided by their root mean square."""
+    router_ED, bias_E = router_ED.double(), None if router_bias_E is None else router_bias_E.double()
     rows = []
     for x_D in x_TD.double():
-        if normalise:
+        if router_norm:
             x_D = x_D / (x_D.square().mean() + EPSILON).sqrt()
-        rows.append(weight_ED @ x_D if bias_E is None else weight_ED @ x_D + bias_E)
-    return torch.stack(rows) if rows else x_TD.new_zeros(0, len(weight_ED), dtype=torch.float64)
+        rows.append(router_ED @ x_D if bias_E is None else router_ED @ x_D + bias_E)
+    return torch.stack(rows) if rows else x_TD.new_zeros(0, len(router_ED), dtype=torch.float64)
 
 
 def sparse_ffn_reference(
-    view: FFNView, x_TD: Tensor, mask_TE: Tensor, gates_TE: Tensor | None, expert_size: int
+    view: FFNView, x_TD: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, expert_size: int
 ) -> Tensor:
-    """``y_t = sum over active e of g_te * FFN_e(x_t)``, plus the down-projection's bias once.
+    """Sum over the active experts, ``y_t = sum_e w_te * FFN_e(x_t)``, plus the down-projection's bias once.
 
     Args:
         view: the FFN, its neurons already grouped: expert e holds neurons ``e*S`` to ``(e+1)*S - 1``.
         x_TD: input ``[T, D]``, fp32 or fp64; everything is computed in its dtype.
         mask_TE: bool ``[T, E]``.
-        gates_TE: weights of the experts ``[T, E]``, or None for 1.
+        weights_TE: weights of the experts' outputs ``[T, E]``, or None for 1.
         expert_size: S.
 
     Returns:
@@ -81,6 +83,6 @@ def sparse_ffn_reference(
             h = affine(up, rows(view.up_bias_F, start, stop), x_TD[t])
             h = act(h) if gate is None else act(affine(gate, rows(view.gate_bias_F, start, stop), x_TD[t])) * h
             expert = h @ down
-            y = y + (expert if gates_TE is None else gates_TE[t, e].to(dtype) * expert)
+            y = y + (expert if weights_TE is None else weights_TE[t, e].to(dtype) * expert)
         outputs.append(y)
     return torch.stack(outputs) if outputs else torch.zeros_like(x_TD)

@@ -13,7 +13,7 @@ def refuse_wrapped(name: str, layer: RoutedExperts, view: FFNView) -> None:
     """Refuse to move the neurons of a sparse layer where something else counts on their order.
 
     Raises:
-        ValueError: with a remedy.
+        ValueError: if the layer is an adapter's, or a projection was replaced since.
     """
     if not isinstance(layer, SparseFFN | SparseUp):
         raise ValueError(f"{name} is a PEFT adapter's, and the base model is dense: call model.unload() instead")
@@ -34,10 +34,10 @@ def _as_made(module: nn.Module, known: tuple[type, ...]) -> bool:
 
 
 def refuse_wrapper(model: object) -> None:
-    """Refuse what stands around a model in its place: names inside it are not those that a checkpoint has.
+    """Refuse a wrapper that stands in a model's place: names inside it are not those that a checkpoint has.
 
     Raises:
-        ValueError: with a remedy.
+        ValueError: if the model is wrapped for several devices, compiled, or has adapters.
         TypeError: if it is no model at all.
     """
     kind = type(model).__name__

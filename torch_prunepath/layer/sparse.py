@@ -33,11 +33,13 @@ from torch_prunepath.layer.projections import (
     up_of,
 )
 from torch_prunepath.layer.router import Router
-from torch_prunepath.ops.cpu.ffn import routed_ffn
+from torch_prunepath.layer.tau import Float32Tau
+from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.cpu.packs import Packs
 from torch_prunepath.ops.operators import select_experts
-from torch_prunepath.ops.sparse_ffn import sparse_ffn
-from torch_prunepath.select import sigmoid_gates
+from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn
+from torch_prunepath.select import sigmoid_weights
+from torch_prunepath.weights import Selector, UpWeights
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class ExpertsSpec:
 
     Attributes:
         expert_size: S.
-        rule: of the selection.
-        gate: weight of an active expert's output.
-        gate_offset: the constant inside the sigmoid gate.
-        shared: how many experts, the first ones, are always active with gate 1; the router chooses among the others.
+        rule: ``"reach"`` or ``"below"``, see :func:`torch_prunepath.select.select_experts`.
+        gate: the weight of an active expert's output: ``"sigmoid"`` of its score, or ``"one"``.
+        gate_offset: the constant inside the sigmoid.
+        shared: so many experts, the first ones, are always active with weight 1; the router chooses among the others.
     """
 
     expert_size: int
@@ -81,7 +83,7 @@ class Routing:
 RoutingHook = Callable[[Routing], Tensor | None]
 
 SelectionRule = Callable[[Tensor, Tensor], Tensor]
-"""``(scores_TE, tau) -> mask_TE``, of tensor operations alone: it is traced by torch.compile, once for alike layers."""
+"""A function ``(scores_TE, tau) -> mask_TE`` of tensor operations alone: torch.compile traces it, once for all."""
 
 
 class Recorder(Protocol):
@@ -90,7 +92,7 @@ class Recorder(Protocol):
     def note(
         self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
     ) -> None:
-        """A selection was made."""
+        """Take notice of a selection."""
 
 
 class Swapped(nn.Module):
@@ -101,7 +103,7 @@ class Swapped(nn.Module):
         return _blank, (dense, kind), self.__dict__.copy()
 
 
-class RoutedExperts(Swapped):
+class RoutedExperts(Float32Tau, Swapped):
     """What every sparse layer has: a router, tau, the permutation of its neurons, and routing hooks.
 
     Never built by itself: :func:`torch_prunepath.layer.swap.make_routed` mixes it into the class of an existing module.
@@ -110,7 +112,6 @@ class RoutedExperts(Swapped):
     ffn: FFNSpec
     experts: ExpertsSpec
     router: Router
-    tau: Tensor
     permutation: Tensor
     budget: float
     routing_hooks: OrderedDict[int, RoutingHook]
@@ -124,16 +125,16 @@ class RoutedExperts(Swapped):
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """How many experts there are, E."""
         return num_experts(self.ffn.ffn_size, self.experts.expert_size)
 
     @property
     def router_norm(self) -> bool:
         """Whether the router reads tokens divided by their root mean square; adapters around it do not."""
-        return getattr(self.router, "base_layer", self.router).normalise
+        return getattr(self.router, "base_layer", self.router).router_norm
 
     def route(self, x_TD: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """Active experts, bool ``[T, E]``, and their gates, float32 ``[T, E]``, or None where all are 1."""
+        """Active experts, bool ``[T, E]``, and their outputs' weights, float32 ``[T, E]``, or None where all are 1."""
         scores_TE = self.router(x_TD)
         experts = self.experts
         if self.selection is None:
@@ -148,10 +149,10 @@ class RoutedExperts(Swapped):
             recorder.note(self, x_TD, scores_TE, mask_TE, shape)
         if experts.gate == "one":
             return mask_TE, None
-        return mask_TE, sigmoid_gates(scores_TE, experts.gate_offset, experts.shared)
+        return mask_TE, sigmoid_weights(scores_TE, experts.gate_offset, experts.shared)
 
     def routed(self, values_TE: Tensor) -> Tensor:
-        """Of what there is for every expert, that of those which the router chooses among: all but the shared ones."""
+        """Leave out the columns of shared experts, among which the router does not choose."""
         return values_TE[:, self.experts.shared :] if self.experts.shared else values_TE
 
     def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
@@ -166,14 +167,6 @@ class RoutedExperts(Swapped):
             "nn.DataParallel cannot copy a sparse layer: its replicas would share hooks and hand-offs between threads; "
             "use DistributedDataParallel, one process for each device"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # half() and to(bfloat16) move every floating point buffer; tau must keep its float32 value.
-        tau = self.tau
-        super()._apply(fn, recurse)
-        if self.tau.dtype != tau.dtype:
-            self.tau = tau.to(self.tau.device)
-        return self
 
 
 def _checked_mask(name: str, replaced: Tensor, mask_TE: Tensor) -> Tensor:
@@ -192,20 +185,20 @@ class SparseFFN(RoutedExperts):
     packs: Packs | None = None  # a user may give one
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[..., D] -> [..., D]``."""
+        """The FFN's output: ``[..., D] -> [..., D]``."""
         shape = hidden_states.shape
         x_TD = hidden_states.reshape(-1, shape[-1])
         view = FFNView.of_owner(self, self.ffn)
         if self._takes_one_operator(view, x_TD):
             return self._forward_at_once(view, x_TD).reshape(shape)
-        mask_TE, gates_TE = self.route(x_TD, shape[:-1])
+        mask_TE, weights_TE = self.route(x_TD, shape[:-1])
         # In training, what the operators would compute again for the gradient is kept, as in a dense model.
         apart = not (self.training and torch.is_grad_enabled())
         run_up, run_down = (up, down) if apart else (up_by_modules, down_by_modules)
         h_TF = run_up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
         if self.ffn.hidden_dropout is not None:
             h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
-        y_TD = run_down(view, h_TF, mask_TE, gates_TE, self.experts.expert_size)
+        y_TD = run_down(view, h_TF, mask_TE, weights_TE, self.experts.expert_size)
         if self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
@@ -216,7 +209,7 @@ class SparseFFN(RoutedExperts):
         return super()._apply(fn, recurse)
 
     def _takes_one_operator(self, view: FFNView, x_TD: Tensor) -> bool:
-        """Whether only the output is needed, of our own rule: no gradient, hook or dropout."""
+        """Whether nobody needs more than the output: no gradient, hook, dropout or other method's rule."""
         return (
             not torch.is_grad_enabled()
             and not self.training
@@ -233,26 +226,13 @@ class SparseFFN(RoutedExperts):
 
     def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:
         experts, router = self.experts, self.router
-        # The operator's dispatch costs as much as a small layer's projection.
-        compute = functools.partial(routed_ffn, packs=self.packs) if runs_here_and_now(x_TD) else sparse_ffn
-        return compute(
-            x_TD,
-            router.weight,
-            router.bias,
-            self.tau,
-            experts.rule,
-            None if experts.gate == "one" else experts.gate_offset,
-            view.up_FD,
-            view.up_bias_F,
-            view.gate_FD,
-            view.gate_bias_F,
-            view.down_FD,
-            view.down_bias_D,
-            self.ffn.activation,
-            experts.expert_size,
-            router.normalise,
-            experts.shared,
+        offset = None if experts.gate == "one" else experts.gate_offset
+        selector = Selector(
+            router.weight, router.bias, self.tau, experts.rule, offset, router.router_norm, experts.shared
         )
+        ffn = (x_TD, selector, view.weights, self.ffn.activation, experts.expert_size)
+        # The operator's dispatch costs as much as a small layer's projection.
+        return cpu.sparse_ffn(*ffn, self.packs) if runs_here_and_now(x_TD) else sparse_ffn(*arguments(*ffn))
 
 
 class Handoff:
@@ -268,11 +248,11 @@ class SparseUp(RoutedExperts):
     handoff: Handoff
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., F]``, or ``[..., 2F]`` if gate and up are fused."""
+        """Output of fc1: ``[..., D] -> [..., F]``, or ``[..., 2F]`` if gate and up are fused."""
         shape = x.shape
         x_TD = x.reshape(-1, shape[-1])
-        mask_TE, gates_TE = self.route(x_TD, shape[:-1])
-        self.handoff.routing = (mask_TE, gates_TE)
+        mask_TE, weights_TE = self.route(x_TD, shape[:-1])
+        self.handoff.routing = (mask_TE, weights_TE)
         rows, bias = weight_out_in(self), bias_of(self)
         # Fused gate and up: two FFN widths under one mask.
         halves = [(rows, bias)]
@@ -280,7 +260,7 @@ class SparseUp(RoutedExperts):
             biases = (None, None) if bias is None else bias.chunk(2)
             halves = list(zip(rows.chunk(2), biases, strict=True))
         size = self.experts.expert_size
-        h = torch.cat([up_of(x_TD, mask_TE, (w, b, None, None), "none", size) for w, b in halves], dim=-1)
+        h = torch.cat([up_of(x_TD, mask_TE, UpWeights(w, b), "none", size) for w, b in halves], dim=-1)
         return h.reshape(*shape[:-1], h.shape[-1])
 
 
@@ -291,11 +271,11 @@ class SparseDown(Swapped):
     expert_size: int
 
     def forward(self, h: Tensor) -> Tensor:
-        """``[..., F] -> [..., D]``."""
+        """Output of fc2: ``[..., F] -> [..., D]``."""
         assert self.handoff.routing is not None, "fc2 was called before its fc1"
-        mask_TE, gates_TE = self.handoff.routing
+        mask_TE, weights_TE = self.handoff.routing
         self.handoff.routing = None
-        y_TD = down_of(self, h.reshape(-1, h.shape[-1]), mask_TE, gates_TE, self.expert_size)
+        y_TD = down_of(self, h.reshape(-1, h.shape[-1]), mask_TE, weights_TE, self.expert_size)
         return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
 
 

@@ -49,6 +49,7 @@ def make_routed(
     return site
 
 
+# What make_routed and its users put into a module, and make_dense takes out again.
 _ROUTED_STATE = (
     "router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "recorders", "selection",
     "projection_types", "packs", "handoff",

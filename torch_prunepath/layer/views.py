@@ -33,7 +33,7 @@ def sparse_views(model: nn.Module) -> dict[str, FFNView]:
 
 
 def spec_here(name: str, layer: RoutedExperts) -> FFNSpec:
-    """Where the FFN is of a sparse layer that is called ``name`` by now, and its weights, inside of adapters.
+    """Spec of the FFN behind a sparse layer that is called ``name`` by now, its projections inside of adapters.
 
     Raises:
         ValueError: if something was put between the halves of one that is split.

@@ -16,7 +16,9 @@ from torch_prunepath.ops.operators import register_cuda
 
 @torch.library.custom_op("prunepath::linears", mutates_args=())
 def linears(x_TD: Tensor, weights_DN: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
-    """``x @ W + b`` of each layer, summed up in float32 on CUDA devices. It has no gradient.
+    """What several linear layers answer to the same tokens: ``x @ W + b`` each, without a gradient.
+
+    Sums are taken in float32 on CUDA devices.
 
     Args:
         x_TD: ``[T, D]``; on CUDA devices T is 1.

@@ -5,12 +5,15 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons (the last may
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.operators import expert_down, expert_up, register_cuda, router_scores, select_experts
-from torch_prunepath.select import sigmoid_gates
+from torch_prunepath.select import sigmoid_weights
+from torch_prunepath.weights import FFNWeights, Selector
 
 
 @torch.library.custom_op("prunepath::sparse_ffn", mutates_args=())
@@ -29,13 +32,13 @@ def sparse_ffn(
     down_bias_D: Tensor | None,
     activation: str,
     expert_size: int,
-    normalise: bool = False,
+    router_norm: bool = False,
     shared: int = 0,
 ) -> Tensor:
-    """``sum over active e of g_e * FFN_e(x)``, plus the bias of down once.
+    """Sum over the active experts of ``w_e * FFN_e(x)``, plus the bias of down once.
 
-    The same as ``expert_down(expert_up(x, mask), mask, gates)`` with ``mask = select_experts(router_scores(x), tau)``.
-    It has no gradient.
+    It is ``expert_down(expert_up(x, mask), mask, weights)`` with ``mask = select_experts(router_scores(x), tau)``, and
+    has no gradient.
 
     Args:
         x_TD: ``[T, D]``.
@@ -43,7 +46,7 @@ def sparse_ffn(
         router_bias_E: ``[E]`` or None.
         tau: 0-d float32, read on its device.
         rule: ``"reach"`` or ``"below"``.
-        gate_offset: the experts' gates are ``sigmoid(score + gate_offset)``; None: they are 1.
+        gate_offset: the weight of an expert's output is ``sigmoid(score + gate_offset)``; None: it is 1.
         up_FD: rows ``[F, D]`` in the dtype of ``x_TD``.
         up_bias_F: ``[F]`` or None.
         gate_FD: as ``up_FD``, or None for a plain FFN.
@@ -52,42 +55,41 @@ def sparse_ffn(
         down_bias_D: ``[D]`` or None.
         activation: key of ``ACTIVATIONS``.
         expert_size: S.
-        normalise: whether the router reads ``x`` divided by its root mean square.
-        shared: the first so many experts are active whatever their scores, with gate 1.
+        router_norm: whether the router reads ``x`` divided by its root mean square.
+        shared: the first so many experts are active whatever their scores, with weight 1.
 
     Returns:
         ``[T, D]`` in the dtype of ``x_TD``.
     """
-    scores_TE = router_scores(x_TD, router_ED, router_bias_E, normalise)
+    scores_TE = router_scores(x_TD, router_ED, router_bias_E, router_norm)
     mask_TE = select_experts(scores_TE, tau, rule, shared)
-    gates_TE = None if gate_offset is None else sigmoid_gates(scores_TE, gate_offset, shared)
+    weights_TE = None if gate_offset is None else sigmoid_weights(scores_TE, gate_offset, shared)
     h_TF = expert_up(x_TD, mask_TE, up_FD, up_bias_F, gate_FD, gate_bias_F, activation, expert_size)
-    return expert_down(h_TF, mask_TE, gates_TE, down_FD, down_bias_D, expert_size)
+    return expert_down(h_TF, mask_TE, weights_TE, down_FD, down_bias_D, expert_size)
 
 
-sparse_ffn.register_kernel("cpu")(cpu.routed_ffn)
+def arguments(
+    x_TD: Tensor, selector: Selector, weights: FFNWeights, activation: str, expert_size: int
+) -> tuple[Any, ...]:
+    """The arguments of the operator, in its order, from values."""
+    *chosen_by, router_norm, shared = selector
+    return x_TD, *chosen_by, *weights, activation, expert_size, router_norm, shared
+
+
+def values(*args: Any) -> tuple[Tensor, Selector, FFNWeights, str, int]:
+    """The inverse of :func:`arguments`: what implementations take. Arguments that have a default may be missing."""
+    x_TD, chosen_by, weights, (activation, expert_size, *how) = args[0], args[1:6], args[6:12], args[12:]
+    return x_TD, Selector(*chosen_by, *how), FFNWeights(*weights), activation, expert_size
+
+
+@sparse_ffn.register_kernel("cpu")
+def _(*args: Any) -> Tensor:
+    return cpu.sparse_ffn(*values(*args))
 
 
 @sparse_ffn.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x_TD,
-    router_ED,
-    router_bias_E,
-    tau,
-    rule,
-    gate_offset,
-    up_FD,
-    up_bias_F,
-    gate_FD,
-    gate_bias_F,
-    down_FD,
-    down_bias_D,
-    activation,
-    expert_size,
-    normalise=False,
-    shared=0,
-):
+def _(x_TD: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
 
 
-register_cuda(sparse_ffn, "sparse_ffn")
+register_cuda(sparse_ffn, "sparse_ffn", values)

@@ -92,9 +92,9 @@ def lte_stages(
     )
 
 
-LTE_RECIPE = "lte"
 ALWAYS_ACTIVE = 0.05
-"""Share of the experts that ours and held keep active for every token: half of those that 90% sparsity leaves."""
+"""Share of the experts that ``ours`` and ``held`` always keep active: half of those that 90% sparsity leaves."""
+
 EXPERTS: Mapping[str, SparsifyConfig] = MappingProxyType(
     {
         "ours": SparsifyConfig(shared_experts=ALWAYS_ACTIVE),
@@ -102,11 +102,9 @@ EXPERTS: Mapping[str, SparsifyConfig] = MappingProxyType(
         "paper": SparsifyConfig(
             expert_size=32, partition="kmeans", router="zero", rule="below", gate="sigmoid", budget="uniform"
         ),
-        LTE_RECIPE: SparsifyConfig(expert_size=32, partition="kmeans", router="zero", budget="uniform"),
     }
 )
-"""How a dense model is made sparse for a recipe, by its name."""
-RECIPES: Mapping[str, Callable[..., TrainConfig | tuple[TrainConfig, ...]]] = MappingProxyType(
-    {"paper": paper, "ours": ours, "held": held, LTE_RECIPE: lte_stages}
-)
-"""The recipes by name; one with several stages answers a configuration for each."""
+"""How a dense model is made sparse for each recipe."""
+
+RECIPES: Mapping[str, Callable[..., TrainConfig]] = MappingProxyType({"paper": paper, "ours": ours, "held": held})
+"""The recipes of ``prunepath train`` by name."""

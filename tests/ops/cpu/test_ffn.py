@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import torch_prunepath.layer.sparse
 from torch_prunepath import SparsifyConfig, sparsify
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import Rule
@@ -20,11 +20,14 @@ from torch_prunepath.layer.reference import router_scores_reference, select_refe
 from torch_prunepath.ops import operators as ops
 from torch_prunepath.ops.cpu import dense as cpu_dense
 from torch_prunepath.ops.cpu import ffn as cpu
+from torch_prunepath.ops.cpu import router as cpu_router
 from torch_prunepath.ops.cpu import rows as cpu_rows
 from torch_prunepath.ops.cpu import select as cpu_select
 from torch_prunepath.ops.cpu.packs import Packs
-from torch_prunepath.ops.sparse_ffn import sparse_ffn
+from torch_prunepath.ops.experts import expand_experts, zero_inactive
+from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn
 from torch_prunepath.select import mask_from_scores
+from torch_prunepath.weights import FFNWeights, Selector
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -60,16 +63,16 @@ class Layer:
         self.down_b = None if biases is None else biases[2, :D]
         self.router, self.router_b = 4 * random(-(-F // S), D), random(-(-F // S)) if bias else None
         self.offset: float | None = None
-        self.normalise, self.shared = False, 0
+        self.router_norm, self.shared = False, 0
 
-    def weights(self, dtype: torch.dtype) -> list[Tensor | None]:
+    def weights(self, dtype: torch.dtype) -> FFNWeights:
         tensors = (self.up, self.up_b, self.gate, self.gate_b, self.down, self.down_b)
-        return [None if t is None else t.to(dtype) for t in tensors]
+        return FFNWeights(*(None if t is None else t.to(dtype) for t in tensors))  # type: ignore[arg-type]
 
     def run(self, x: Tensor, tau: float, rule: str = "reach") -> Tensor:
         router = [None if t is None else t.to(x.dtype) for t in (self.router, self.router_b)]
-        args = (torch.tensor(tau), rule, self.offset, *self.weights(x.dtype), self.activation, self.S)
-        return sparse_ffn(x, *router, *args, self.normalise, self.shared)  # type: ignore[arg-type]
+        selector = Selector(*router, torch.tensor(tau), rule, self.offset, self.router_norm, self.shared)  # type: ignore[arg-type]
+        return sparse_ffn(*arguments(x, selector, self.weights(x.dtype), self.activation, self.S))
 
     def run_ops(self, x: Tensor, mask: Tensor, gates: Tensor | None) -> Tensor:
         up, up_b, gate, gate_b, down, down_b = self.weights(x.dtype)
@@ -115,16 +118,17 @@ def test_operators_equal_the_formula(path: str, T: int, gated: bool, dtype: torc
 @DTYPES
 @pytest.mark.parametrize("offset", [None, 1.5], ids=["gate-one", "sigmoid"])
 @pytest.mark.parametrize(
-    ("rule", "normalise", "shared"), [("reach", False, 0), ("below", False, 0), ("reach", True, 0), ("below", True, 3)]
+    ("rule", "router_norm", "shared"),
+    [("reach", False, 0), ("below", False, 0), ("reach", True, 0), ("below", True, 3)],
 )
 @pytest.mark.parametrize("T", [1, 3, 20])
 def test_whole_ffn_equals_the_formula(
-    path: str, T: int, rule: str, normalise: bool, shared: int, offset: float | None, dtype: torch.dtype
+    path: str, T: int, rule: str, router_norm: bool, shared: int, offset: float | None, dtype: torch.dtype
 ) -> None:
     layer = Layer(D=27, F=133, S=16)
-    layer.offset, layer.normalise, layer.shared = offset, normalise, shared
+    layer.offset, layer.router_norm, layer.shared = offset, router_norm, shared
     x = tokens(T, 27, dtype) * torch.logspace(-1, 0.5, T).unsqueeze(1).to(dtype)
-    scores = router_scores_reference(x, layer.router.to(dtype), layer.router_b.to(dtype), normalise)  # type: ignore[union-attr]
+    scores = router_scores_reference(x, layer.router.to(dtype), layer.router_b.to(dtype), router_norm)  # type: ignore[union-attr]
     gates = None if offset is None else torch.sigmoid(scores + offset)
     if gates is not None:
         gates[:, :shared] = 1.0
@@ -159,18 +163,18 @@ def test_gathered_equals_the_default_implementation(
     """Any mask, an empty one included; any number of bags."""
     layer, x, mask = Layer(D, F, S), tokens(T, D), random_mask(T, -(-F // S), density)
     weights = layer.weights(x.dtype)
-    gates_TE = torch.rand(mask.shape).double() if gates else None
+    weights_TE = torch.rand(mask.shape).double() if gates else None
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_rows, "SMALL_BYTES", 0)
         patch.setattr(cpu_rows, "CACHED_BYTES", block_bytes)
         torch.set_num_threads(threads)
         try:
-            found = cpu.sparse_ffn(x, mask, gates_TE, *weights, "silu", S)  # type: ignore[arg-type]
+            found = cpu.masked_ffn(x, mask, weights_TE, weights, "silu", S)
         finally:
             torch.set_num_threads(before)
     h = ops.expert_up._init_fn(x, mask, *weights[:4], "silu", S)
-    expected = ops.expert_down._init_fn(h, mask, gates_TE, *weights[4:], S)
+    expected = ops.expert_down._init_fn(h, mask, weights_TE, *weights[4:], S)
     torch.testing.assert_close(found, expected)
 
 
@@ -192,11 +196,11 @@ def test_rows_of_inactive_experts_are_never_read(T: int, dtype: torch.dtype) -> 
     layer, x = Layer(**BIG), tokens(T, BIG["D"], dtype)
     mask = few_active(T, 32)
     expected = layer.formula(x, mask, None, dtype)
-    unused = ~ops.expand_experts(mask.any(0, keepdim=True), BIG["S"], BIG["F"])[0]
+    unused = ~expand_experts(mask.any(0, keepdim=True), BIG["S"], BIG["F"])[0]
     for rows in (layer.up, layer.gate, layer.down):
         rows[unused] = float("nan")  # type: ignore[index]
     assert_near(layer.run_ops(x, mask, None), expected, dtype)
-    found = cpu.sparse_ffn(x, mask, None, *layer.weights(dtype), "silu", BIG["S"])  # type: ignore[arg-type]
+    found = cpu.masked_ffn(x, mask, None, layer.weights(dtype), "silu", BIG["S"])
     assert_near(found, expected, dtype)
 
 
@@ -223,16 +227,16 @@ def test_no_rows_are_copied() -> None:
         weights[0].index_select(0, torch.arange(91))  # type: ignore[union-attr]
     assert copying.largest == 91 * BIG["D"], "this test would see a copy of the active rows"
     with Sizes() as sizes:
-        cpu.sparse_ffn(x, mask, None, *weights, "silu", BIG["S"])  # type: ignore[arg-type]
+        cpu.masked_ffn(x, mask, None, weights, "silu", BIG["S"])
     assert sizes.largest <= 4 * BIG["F"]
 
 
 @pytest.mark.parametrize("T", [1, 4])
 def test_low_precision_router_weights_are_not_converted_at_once(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_dense, "CACHED_BYTES", 40_000)
+    monkeypatch.setattr(cpu_router, "CACHED_BYTES", 40_000)
     x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((T, 64), (1001, 64), (1001,)))
     with Sizes() as sizes:
-        found = cpu_dense.scores(x, weight, bias)
+        found = cpu.router_scores(x, weight, bias)
     assert sizes.largest <= 40_000 // 4
     expected = x.double() @ weight.double().t() + bias.double()
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
@@ -253,21 +257,21 @@ def test_router_scores(T: int, dtype: torch.dtype) -> None:
     D=st.integers(1, 40),
     E=st.integers(1, 40),
     bias=st.booleans(),
-    normalise=st.booleans(),
+    router_norm=st.booleans(),
     size=st.sampled_from([0.0, 1e-3, 1.0, 300.0]),
     block=st.sampled_from([1, 200, 2 << 20]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
 )
 def test_router_scores_are_the_reference(
-    T: int, D: int, E: int, bias: bool, normalise: bool, size: float, block: int, dtype: torch.dtype
+    T: int, D: int, E: int, bias: bool, router_norm: bool, size: float, block: int, dtype: torch.dtype
 ) -> None:
     x, weight, bias_E = (size * tokens(T, D)).to(dtype), tokens(E, D, dtype), tokens(1, E, dtype)[0] if bias else None
-    expected = router_scores_reference(x, weight, bias_E, normalise).float()
+    expected = router_scores_reference(x, weight, bias_E, router_norm).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_dense, "CACHED_BYTES", block)
-        found = ops.router_scores(x, weight, bias_E, normalise)
+        patch.setattr(cpu_router, "CACHED_BYTES", block)
+        found = ops.router_scores(x, weight, bias_E, router_norm)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, size))
-    default = ops.router_scores._init_fn(x, weight, bias_E, normalise)
+    default = ops.router_scores._init_fn(x, weight, bias_E, router_norm)
     torch.testing.assert_close(default, expected, rtol=1e-5, atol=1e-5 * max(1.0, size))
 
 
@@ -282,21 +286,22 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_weights_of_any_strides(kind: str) -> None:
     layer, x, mask = Layer(**BIG), tokens(1, BIG["D"], torch.float32), few_active(1, 32)
     expected = layer.formula(x, mask, None, x.dtype)
-    weights = [w if w is None or w.dim() == 1 else STRIDES[kind](w) for w in layer.weights(x.dtype)]
-    found = cpu.sparse_ffn(x, mask, None, *weights, "silu", BIG["S"])  # type: ignore[arg-type]
+    weights = FFNWeights(*(w if w is None or w.dim() == 1 else STRIDES[kind](w) for w in layer.weights(x.dtype)))  # type: ignore[arg-type]
+    found = cpu.masked_ffn(x, mask, None, weights, "silu", BIG["S"])
     assert_near(found, expected, x.dtype)
 
 
 @pytest.mark.parametrize("T", [1, 3, 20])
 def test_inputs_are_left_as_they_are(path: str, T: int) -> None:
     layer, mask = Layer(D=27, F=133, S=16), random_mask(T, 9, 0.5)
-    given = [tokens(T, 27), mask, torch.rand(T, 9), *layer.weights(torch.float64)]
+    x, weights_TE, weights = tokens(T, 27), torch.rand(T, 9), layer.weights(torch.float64)
+    given = [x, mask, weights_TE, *weights]
     before = [t.clone() for t in given]  # type: ignore[union-attr]
-    cpu.sparse_ffn(*given, "silu", 16)  # type: ignore[arg-type]
-    h = cpu.expert_up(given[0], mask, *given[3:7], "silu", 16)  # type: ignore[arg-type]
+    cpu.masked_ffn(x, mask, weights_TE, weights, "silu", 16)
+    h = cpu.expert_up(x, mask, weights.up_part, "silu", 16)
     kept = h.clone()
     for m in (mask, torch.ones_like(mask)):
-        cpu.expert_down(h, m, given[2], *given[7:], 16)  # type: ignore[arg-type]
+        cpu.expert_down(h, m, weights_TE, weights.down_FD, weights.down_bias_D, 16)
     assert torch.equal(h, kept)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))  # type: ignore[arg-type]
 
@@ -335,6 +340,42 @@ def test_where_gathering_pays(
     assert sums >= cpu_rows.sums_pay(int(share * shape[0]), tokens, rows, packed=True)
 
 
+@pytest.mark.parametrize("every", [False, True], ids=["down", "every"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(("dots", "sums"), [(a, b) for a in (False, True) for b in (False, True)])
+def test_a_call_is_decided_once(
+    dots: bool, sums: bool, packed: bool, every: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are asked for where a dense product would read them, and thresholds know of them."""
+    asked: list[str] = []
+    told: list[tuple[int, int, bool]] = []
+
+    class Fake(Packs):
+        def of(self, name: str, weight_oi: Tensor) -> Tensor | None:  # type: ignore[override]
+            asked.append(name)
+            return torch.zeros(()) if packed and (every or name == "down") else None
+
+    def answer(value: bool) -> Callable[..., bool]:
+        def pays(pairs: int, tokens: int, rows: Tensor, packed: bool = False) -> bool:
+            told.append((pairs, tokens, packed))
+            return value
+
+        return pays
+
+    monkeypatch.setattr(cpu_rows, "dots_pay", answer(dots))
+    monkeypatch.setattr(cpu_rows, "sums_pay", answer(sums))
+    weights = Layer(D=27, F=133, S=16).weights(torch.float64)
+    how = cpu.choose(18, (2, 9), 16, weights, Fake(every))
+    assert (how.everything, how.gather_up, how.gather_down) == (True, dots, sums)
+    assert asked == ["down", *(["gate", "up"] if packed and not dots else [])]
+    assert (how.packed_down is not None) is packed
+    copies = packed and every and not dots
+    assert (how.packed_up is not None, how.packed_gate is not None) == (copies, copies)
+    assert {(pairs, tokens) for pairs, tokens, _ in told} == {(18 * 16, 2)}
+    assert told[-1][2] is packed and all(knows is (packed and every) for _, _, knows in told[:-1])
+    assert not cpu.choose(17, (2, 9), 16, weights).everything
+
+
 @pytest.mark.parametrize("rule", ["reach", "below"])
 @given(
     T=st.integers(1, 5),
@@ -351,11 +392,11 @@ def test_selection_is_the_definition(
     scores = scale * torch.randn(T, E, generator=torch.Generator().manual_seed(seed))
     if levels is not None:
         scores = torch.randint(levels, (T, E), generator=torch.Generator().manual_seed(seed)).float()
-    level = torch.tensor(tau)
-    expected = mask_from_scores(scores, level, rule)
-    assert torch.equal(cpu_select.mask_of_tokens(scores, float(level), rule), expected)
+    tau = torch.tensor(tau)
+    expected = mask_from_scores(scores, tau, rule)
+    assert torch.equal(cpu_select.select_experts(scores, tau, rule), expected)
     for scores_E, mask_E in zip(scores, expected, strict=True):
-        active = cpu_select.active_experts(scores_E, float(level), rule)
+        active = cpu_select.active_experts(scores_E, float(tau), rule)
         assert torch.equal(active.sort().values, mask_E.nonzero().squeeze(1))
 
 
@@ -363,7 +404,7 @@ def test_selection_is_the_definition(
 def test_nan_scores_activate_every_expert_of_their_token(rule: Rule) -> None:
     scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     scores[1, 7] = float("nan")
-    mask = cpu_select.mask_of_tokens(scores, 0.5, rule)
+    mask = cpu_select.select_experts(scores, 0.5, rule)
     assert torch.equal(mask, mask_from_scores(scores, torch.tensor(0.5), rule))
     assert mask[1].all() and not mask[0].all()
     assert sorted(cpu_select.active_experts(scores[1], 0.5, rule).tolist()) == list(range(40))
@@ -413,7 +454,7 @@ def test_masking_in_place(F: int, S: int, offset: int, dtype: torch.dtype) -> No
     mask = random_mask(3, -(-F // S), 0.5)
     h = tokens(1, 3 * F + offset, dtype)[0, offset:].view(3, F)
     h = torch.where(tokens(3, F) > 1.5, float("nan"), h) if not offset else h
-    expected = ops.zero_inactive(h, mask, S)
+    expected = zero_inactive(h, mask, S)
     torch.testing.assert_close(cpu_dense.mask_(h, mask, S), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -438,11 +479,14 @@ def test_a_layer_skips_the_dispatch_unless_something_intercepts_it(monkeypatch: 
     sparsify(model.eval(), tau=0.5, config=config, progress=False)
     direct: list[int] = []
 
-    def watched(x_TD: Tensor, *args: object, packs: Packs | None) -> Tensor:
-        direct.append(len(x_TD))
-        return cpu.routed_ffn(x_TD, *args, packs=packs)  # type: ignore[arg-type]
+    right = cpu.sparse_ffn
 
-    monkeypatch.setattr(torch_prunepath.layer.sparse, "routed_ffn", watched)
+    def watched(x_TD: Tensor, *args: Any) -> Tensor:
+        if len(args) > 4:  # with the layer's packs: not called by the operator
+            direct.append(len(x_TD))
+        return right(x_TD, *args)
+
+    monkeypatch.setattr(cpu, "sparse_ffn", watched)
     with torch.no_grad():
         plain = model(**inputs)[0]
         assert direct

@@ -1,17 +1,16 @@
-"""What ``prunepath sweep`` is asked, and the points that follow."""
+"""What ``prunepath sweep`` takes, and the points that follow. Nothing heavy is imported here, so help is quick."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch_prunepath.config import SparsifyConfig, check_tau
-from torch_prunepath.console.errors import as_user_error
-from torch_prunepath.evaluation.make_sparse import check_sparsity
-
-TAUS = (0.97, 0.95, 0.9, 0.8, 0.7)
+from torch_prunepath.commands.options import SETTINGS, TAUS
+from torch_prunepath.config import SparsifyConfig, check_sparsity, check_tau
+from torch_prunepath.console.options import option, settings
 
 
 @dataclass(frozen=True)
@@ -32,54 +31,64 @@ class Point:
         return self.tau == 1.0 or self.sparsity == 0.0
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``prunepath sweep`` was asked.
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Evaluate lm-eval tasks over a list of tau or of sparsities, and draw the curve.
 
     Attributes:
-        model: a name or folder, or a GGUF file; dense or sparse.
-        tasks: names of lm-eval's tasks, groups or tags, with its wildcards.
-        taus: thresholds to evaluate at, one row each.
-        sparsities: in place of ``taus``: the sparsities to reach on the calibration text.
-        text: the calibration text, a UTF-8 file; None for Python's help topics.
-        settings: fields of :class:`torch_prunepath.SparsifyConfig` that differ from their defaults.
-        include_path: a folder with more tasks.
-        num_fewshot: examples in a prompt; None for each task's own number.
-        limit: documents of each task, or their share if below 1; None for all.
-        batch_size: sequences a batch, or ``"auto"``.
-        device: where to run; None for CUDA if there is any, else the CPU.
-        dtype: of the weights; ``"auto"`` for the checkpoint's own.
-        output: the folder to write; None to write nothing.
-    """
-
-    model: str
-    tasks: Sequence[str]
-    taus: Sequence[float] | None = None
-    sparsities: Sequence[float] | None = None
-    text: str | None = None
-    settings: Mapping[str, Any] | None = None
-    include_path: str | None = None
-    num_fewshot: int | None = None
-    limit: float | None = None
-    batch_size: str = "1"
-    device: str | None = None
-    dtype: str = "auto"
-    output: Path | None = None
-
-
-def check(options: Options) -> tuple[list[Point], SparsifyConfig]:
-    """The points, from dense to sparse, and how a dense model is made sparse.
+        model: name or folder of a causal language model, dense or sparse, or a GGUF file.
+        tasks: lm-eval's tasks, groups or tags, with its wildcards; a comma separates them too.
+        taus: thresholds, one row each (default: 0.97 0.95 0.9 0.8 0.7).
+        sparsities: sparsities to find the tau of on the calibration text.
+        text: UTF-8 text to calibrate on (default: Python's help topics).
+        limit: documents of each task, or their share if below 1.
+        num_fewshot: examples in a prompt (default: the task's own).
+        include_path: folder with more tasks.
+        batch_size: sequences a batch, or auto.
+        device: where to run (default: cuda if there is any, else cpu).
+        dtype: dtype of the weights; auto is the checkpoint's own (default: auto).
+        output: folder for results.json and the plot.
+        settings: fields of :class:`torch_prunepath.SparsifyConfig` that were given.
 
     Raises:
-        UserError: if a value is out of range, or two exclude each other.
+        ValueError: if a value is out of range, or two exclude each other.
     """
-    with as_user_error(ValueError):
-        config = SparsifyConfig(**(options.settings or {}))
-        if options.limit is not None and options.limit <= 0:
-            raise ValueError(f"limit={options.limit:g} leaves no document: give a positive number")
-        if options.sparsities is None:
-            taus = TAUS if options.taus is None else options.taus
-            return [Point(tau=tau) for tau in sorted({check_tau(tau) for tau in taus}, reverse=True)], config
-        if options.taus is not None:
+
+    model: str = option(positional=True, metavar="MODEL")
+    tasks: Sequence[str] = option(metavar="TASK")
+    taus: Sequence[float] | None = option("--tau", default=None, one_of="points")
+    sparsities: Sequence[float] | None = option("--sparsity", default=None, one_of="points", metavar="SHARE")
+    text: str | None = option(default=None, metavar="FILE")
+    limit: float | None = option(default=None, metavar="N")
+    num_fewshot: int | None = option(default=None, metavar="N")
+    include_path: str | None = option(default=None, metavar="DIR")
+    batch_size: str = option(default="1", metavar="N")
+    device: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    output: Path | None = option("-o", "--output", default=None, metavar="DIR")
+    settings: Mapping[str, Any] = settings(SparsifyConfig, f"{SETTINGS}, for a dense model")
+
+    def __post_init__(self) -> None:
+        if self.taus is not None and self.sparsities is not None:
             raise ValueError("tau and sparsity are both given: give one list")
-        return [Point(sparsity=share) for share in sorted({check_sparsity(s) for s in options.sparsities})], config
+        if self.limit is not None and self.limit <= 0:
+            raise ValueError(f"limit={self.limit:g} leaves no document: give a positive number")
+        assert self.config and self.points
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks one by one."""
+        return [name for task in self.tasks for name in task.split(",") if name]
+
+    @cached_property
+    def config(self) -> SparsifyConfig:
+        """How a dense model is made sparse."""
+        return SparsifyConfig(**self.settings)
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """Where to evaluate, from dense to sparse, once each."""
+        if self.sparsities is not None:
+            return [Point(sparsity=share) for share in sorted({check_sparsity(s) for s in self.sparsities})]
+        taus = TAUS if self.taus is None else self.taus
+        return [Point(tau=tau) for tau in sorted({check_tau(tau) for tau in taus}, reverse=True)]

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch_prunepath.console.output import writing
+from torch_prunepath.console.plot import new_figure
 
 PLOT = "sweep.png"
 
 
 def save_plot(results: Mapping[str, Any], folder: Path, output: Path) -> str | None:
     """Save the curves; None, and a line that says how to get them, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'torch-prunepath[plot]')", file=sys.stderr)
-        return None
     headlines, (reference, *rows) = results["headlines"], results["rows"]
-    figure = Figure(figsize=(4.5 * len(headlines), 3.6), layout="constrained")
+    figure = new_figure(4.5 * len(headlines), 3.6)
+    if figure is None:
+        return None
     panels = figure.subplots(1, len(headlines), squeeze=False)[0]
     for axes, (task, metric) in zip(panels, headlines.items(), strict=True):
         scores = [row["scores"][task][metric] for row in rows]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,13 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch_prunepath.commands.sweep.options import Options, Point, check
+from torch_prunepath.commands.sweep.options import Point, SweepOptions
 from torch_prunepath.commands.sweep.plot import save_plot
 from torch_prunepath.commands.sweep.scores import Score, headline, scores_of
-from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.console import report
-from torch_prunepath.console.errors import UserError, as_user_error, one_line
-from torch_prunepath.console.output import output_folder, writing
+from torch_prunepath.console.errors import UserError, one_line
+from torch_prunepath.console.options import flag
+from torch_prunepath.console.output import RESULTS, is_output_of, output_folder, say, writing
 from torch_prunepath.evaluation import lm_eval as harness
 from torch_prunepath.evaluation.corpus import Corpus, load_corpus
 from torch_prunepath.evaluation.make_sparse import fit_windows, holds_sparse_layers, make_sparse, reach_sparsity
@@ -27,28 +26,24 @@ from torch_prunepath.evaluation.models import load_model
 from torch_prunepath.layer.manifest import attached
 from torch_prunepath.sparsity import set_tau
 
-RESULTS = "results.json"
 
-
-def run(options: Options) -> dict[str, Any]:
+def run(options: SweepOptions, command_line: str = "") -> dict[str, Any]:
     """Evaluate every row; return what was measured, ready for JSON.
 
     The first row is the reference: the dense model by lm-eval's own ``hf``; or, of a sparse checkpoint, tau = 1.
 
     Raises:
-        UserError: if options are out of range, before anything is loaded; if lm-eval, the model, a task, the text or
-            the output cannot be had.
+        ValueError: if lm-eval, the model, a task, the text or the output cannot be had.
     """
-    points, config = check(options)
     harness.register()
     corpus = load_corpus(options.text)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         folder = None
         if options.output is not None:
-            folder = stack.enter_context(output_folder(options.output, ours=_is_ours))
-        sweep = _Sweep(options, config, corpus)
-        rows = sweep.rows(points)
+            folder = stack.enter_context(output_folder(options.output, ours=is_output_of("sweep")))
+        sweep = _Sweep(options, corpus)
+        rows = sweep.rows(options.points)
         results = {**sweep.about(), "rows": rows, "seconds": round(time.perf_counter() - started, 1)}
         results |= {"output": None, "plot": None}
         if folder is not None and options.output is not None:
@@ -85,13 +80,13 @@ def render(results: Mapping[str, Any]) -> str:
 class _Sweep:
     """One loaded model, evaluated again and again on the same tasks."""
 
-    def __init__(self, options: Options, config: SparsifyConfig, corpus: Corpus) -> None:
-        self._options, self._config, self._corpus = options, config, corpus
+    def __init__(self, options: SweepOptions, corpus: Corpus) -> None:
+        self._options, self._config, self._corpus = options, options.config, corpus
         self._manager, self._tasks = _find_tasks(options)
         self._model, self._tokenizer = _load(options)
         self._headlines: dict[str, str] = {}
         if self._sparse and options.settings:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in options.settings)
+            flags = ", ".join(map(flag, options.settings))
             raise UserError(f"{options.model} is sparse already: leave out {flags}")
 
     @property
@@ -117,7 +112,7 @@ class _Sweep:
             **machine,
             "versions": {**machine["versions"], "lm-eval": metadata.version("lm_eval")},
             "model": {**report.model(options.model, self._model), "device": str(self._model.device)},
-            "tasks": list(options.tasks),
+            "tasks": options.task_names,
             "num_fewshot": options.num_fewshot,
             "limit": options.limit,
             "batch_size": options.batch_size,
@@ -136,9 +131,8 @@ class _Sweep:
             points = [point for point in points if not point.dense]
         else:
             reference = self._dense()
-            _say("building experts and fitting routers")
-            with as_user_error(ValueError):
-                make_sparse(self._model, self._window_NC, self._config)
+            say("building experts and fitting routers")
+            make_sparse(self._model, self._window_NC, self._config)
         return [reference, *map(self._at, points)]
 
     def _dense(self) -> dict[str, Any]:
@@ -148,13 +142,12 @@ class _Sweep:
         return self._told(self._row("dense", lm) | {"tau": 1.0, "sparsity": 0.0, "tokens": None})
 
     def _at(self, point: Point) -> dict[str, Any]:
-        with as_user_error(ValueError):
-            if point.sparsity is None:
-                assert point.tau is not None
-                tau = point.tau
-            else:
-                tau = reach_sparsity(self._model, point.sparsity, self._window_NC)
-            set_tau(self._model, tau)
+        if point.sparsity is None:
+            assert point.tau is not None
+            tau = point.tau
+        else:
+            tau = reach_sparsity(self._model, point.sparsity, self._window_NC)
+        set_tau(self._model, tau)
         self._lm.reset_sparsity()
         row = self._row(point.name, self._lm)
         found = self._lm.sparsity_info()
@@ -165,11 +158,11 @@ class _Sweep:
         scores = [
             f"{task} {metric} {row['scores'][task][metric]['value']:.4g}" for task, metric in self._headlines.items()
         ]
-        _say(f"{row['name']}: sparsity {row['sparsity']:.1%}, {', '.join(scores)}")
+        say(f"{row['name']}: sparsity {row['sparsity']:.1%}, {', '.join(scores)}")
         return row
 
     def _row(self, name: str, lm: Any) -> dict[str, Any]:
-        _say(f"{name}: evaluating")
+        say(f"{name}: evaluating")
         started = time.perf_counter()
         scores = self._evaluate(lm)
         self._headlines = self._headlines or headline(scores, self._tasks)
@@ -192,14 +185,14 @@ class _Sweep:
         return scores_of(results)
 
 
-def _find_tasks(options: Options) -> tuple[Any, list[str]]:
+def _find_tasks(options: SweepOptions) -> tuple[Any, list[str]]:
     from lm_eval.tasks import TaskManager
 
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise UserError(f"--include-path {options.include_path} is no folder: name one that holds task files")
     manager = TaskManager(include_path=options.include_path)
     names: dict[str, None] = {}
-    for pattern in options.tasks:
+    for pattern in options.task_names:
         found = manager.match_tasks([pattern])
         if not found:
             raise UserError(
@@ -209,10 +202,10 @@ def _find_tasks(options: Options) -> tuple[Any, list[str]]:
     return manager, list(names)
 
 
-def _load(options: Options) -> tuple[Any, Any]:
+def _load(options: SweepOptions) -> tuple[Any, Any]:
     import torch
 
-    _say("loading the model")
+    say("loading the model")
     model, tokenizer = load_model(options.model)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -220,15 +213,3 @@ def _load(options: Options) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"cannot move the model to {device} ({one_line(error)}): choose another --device") from error
     return model, tokenizer
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        results = json.loads((folder / RESULTS).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(results, dict) and results.get("command") == "sweep"

@@ -6,10 +6,9 @@ An unfinished run keeps its latest state in a folder beside the output, from whi
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,44 @@ import torch
 from torch import Tensor
 
 from torch_prunepath.card import hub_name, write_card
-from torch_prunepath.commands.train.plan import Options
+from torch_prunepath.commands.train import plan
+from torch_prunepath.commands.train.options import TrainOptions
 from torch_prunepath.commands.train.source import Source, train_windows
-from torch_prunepath.commands.train.stages import check_start, convert, enter
+from torch_prunepath.commands.train.unfinished import Kept, Unfinished
 from torch_prunepath.console import report
 from torch_prunepath.console.errors import UserError, as_user_error, one_line
+from torch_prunepath.console.options import flag
 from torch_prunepath.console.output import check_room, output_folder, writing
+from torch_prunepath.conversion import sparsify
 from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
 from torch_prunepath.evaluation.make_sparse import search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.manifest import attached
+from torch_prunepath.layer.rules import held_rule
 from torch_prunepath.sparsity import SparsityRecord, record_sparsity, set_sparsity, set_tau
-from torch_prunepath.train.batches import Batches, Later
+from torch_prunepath.train.batches import Batches
 from torch_prunepath.train.loop import steps_of, train
 from torch_prunepath.train.state import Record, TrainState
 
 EVAL_WINDOWS = 8 * TEST_WINDOWS
-"""Windows that perplexity is measured on, at most."""
+"""Most windows that perplexity is measured on: enough to tell recipes apart, and little beside the training."""
+
 STATE_BYTES = 16
-"""Of a saved state, for each parameter: the weight and AdamW's two moments, in float32, and room to write anew."""
+"""Bytes of a saved state for each parameter: the weight and AdamW's two moments in float32, and room to write anew."""
 
 
-def run(options: Options, command_line: str = "") -> dict[str, Any]:
+def run(options: TrainOptions, command_line: str = "") -> dict[str, Any]:
     """Train, measure, save; return what was made, ready for JSON.
 
     Raises:
-        UserError: if the model, the text or the output cannot be had, or options do not fit.
+        ValueError: if the model, the text or the output cannot be had, or options do not fit.
     """
-    options.check()
+    plan.check(options)
     unfinished = Unfinished(options.output.absolute())
     unfinished.check(options.resume)
-    text = options.source.read()
+    text = plan.source_of(options).read()
     with output_folder(options.output, ours=lambda _: False) as folder:
         saved = unfinished.latest()
         session = _Session(options, text, saved)
@@ -75,87 +79,27 @@ def run(options: Options, command_line: str = "") -> dict[str, Any]:
     return results
 
 
-class Unfinished:
-    """Saved states of a run that has not ended, in ``OUTPUT.training`` beside its output."""
-
-    def __init__(self, output: Path) -> None:
-        self.output, self.folder = output, output.with_name(output.name + ".training")
-
-    def check(self, resume: bool) -> None:
-        """Refuse to overwrite a run, or to resume none.
-
-        Raises:
-            UserError: with a remedy.
-        """
-        if resume and self.latest() is None:
-            raise UserError(f"there is no unfinished run in {self.folder}: leave --resume out")
-        if not resume and self.folder.exists():
-            raise UserError(f"{self.folder} holds an unfinished run: go on with --resume, or remove it")
-
-    def latest(self) -> Path | None:
-        """The folder of the latest state."""
-        steps = {int(path.name.removeprefix("step-")): path for path in self.folder.glob("step-*")}
-        return steps[max(steps)] if steps else None
-
-    def save(self, session: _Session, state: TrainState, step: int) -> None:
-        """Save a state after so many steps of all stages; the one before goes once it is complete."""
-        path = self.folder / f"step-{step}"
-        with output_folder(path, ours=lambda _: True) as folder, writing(path):
-            session.model.save_pretrained(folder / "model")
-            session.tokenizer.save_pretrained(folder / "model")
-            torch.save(state.state_dict(), folder / "state.pt")
-            (folder / "session.json").write_text(json.dumps(asdict(session.kept)), encoding="utf-8")
-        for other in self.folder.glob("step-*"):
-            if other != path:
-                shutil.rmtree(other)
-
-    def remove(self) -> None:
-        """The run has ended."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@dataclass
-class Kept:
-    """What a saved state holds besides weights and :class:`TrainState`.
-
-    Attributes:
-        data: fingerprint of the batches.
-        dtype: that the checkpoint's weights will have, without ``torch.``.
-        distil: weight of the distillation.
-        rows: what was measured before training.
-        history: records of the steps so far.
-        stage: the state's, counted from 0.
-    """
-
-    data: str
-    dtype: str
-    distil: float
-    rows: list[dict[str, Any]]
-    history: list[Record]
-    stage: int = 0
-
-
 class _Session:
-    def __init__(self, options: Options, text: str, saved: Path | None) -> None:
+    def __init__(self, options: TrainOptions, text: str, saved: Path | None) -> None:
         self.options, self.saved = options, saved
         self.record: SparsityRecord | None = None  # of what was measured last
         self.model, self.tokenizer = load_model(options.model if saved is None else str(saved / "model"))
-        self.sparse = saved is not None or check_start(self.model, options.recipe, options.model)
+        self.sparse = _is_sparse(self.model, options.model if saved is None else f"the unfinished run {saved}")
         if self.sparse and saved is None and options.settings:
-            name = next(iter(options.settings)).replace("_", "-")
-            raise UserError(f"{options.model} is sparse already: leave --{name} out, or start from the dense model")
+            given = flag(next(iter(options.settings)))
+            raise UserError(f"{options.model} is sparse already: leave {given} out, or start from the dense model")
         context = min(options.context, longest_context(self.model))
         self.window_NC = train_windows(text, self.tokenizer, context)
         self.eval_NC = self._eval_windows(context)
         self.batches = Batches(self.window_NC, options.batch, options.seed)
-        distil = options.distillation(dense=not self.sparse or options.teacher is not None)
+        distil = plan.distillation(options, dense=not self.sparse or options.teacher is not None)
         self.kept = Kept(self.batches.fingerprint(), str(self.model.dtype).removeprefix("torch."), distil, [], [])
         if saved is not None:
             self._restore(saved)
-        self.stages = options.stages(len(self.batches), self.kept.distil)
+        self.config = plan.training(options, len(self.batches), self.kept.distil)
         self.teacher = self._teacher()
         with as_user_error(RuntimeError):
-            self.model.to(options.device)
+            self.model.to(plan.device_of(options))
 
     def _eval_windows(self, context: int) -> Tensor | None:
         if self.options.eval_text is None:
@@ -173,10 +117,10 @@ class _Session:
         if teacher.get_input_embeddings().num_embeddings != self.model.get_input_embeddings().num_embeddings:
             raise UserError("--teacher has another vocabulary than MODEL: name the model that MODEL was made from")
         with as_user_error(RuntimeError):
-            return teacher.to(options.device)
+            return teacher.to(plan.device_of(options))
 
     def _restore(self, saved: Path) -> None:
-        kept = Kept(**json.loads((saved / "session.json").read_text(encoding="utf-8")))
+        kept = Kept.of(saved)
         if kept.data != self.kept.data:
             raise UserError(
                 "the unfinished run had other data (text, --context, --batch or --seed): give the same, or start anew"
@@ -186,7 +130,7 @@ class _Session:
         self.kept = kept
 
     def bytes_needed(self) -> int:
-        """On disk, while the run is unfinished."""
+        """Bytes that the run takes on disk while it is unfinished."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return int(1.1 * report.num_bytes(self.model)) + STATE_BYTES * parameters
 
@@ -199,9 +143,7 @@ class _Session:
         self.model.float()
         if options.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with as_user_error(ValueError):
-            for stage in range(self.kept.stage, len(self.stages)):
-                self._train(stage, unfinished)
+        self._train(unfinished)
         self.teacher = None
         if options.checkpointing:
             self.model.gradient_checkpointing_disable()
@@ -212,12 +154,15 @@ class _Session:
             "model": report.model(options.model, self.model),
             "recipe": options.recipe,
             "teacher": (options.teacher or options.model) if self.kept.distil else None,
-            "config": self.stages[-1].to_dict(),
-            "stages": [config.to_dict() for config in self.stages],
+            "config": self.config.to_dict(),
             "experts": None if made is None else asdict(made.config),
-            "data": {"name": options.source.name, "context": self.window_NC.shape[1], "tokens": self.window_NC.numel()},
+            "data": {
+                "name": plan.source_of(options).name,
+                "context": self.window_NC.shape[1],
+                "tokens": self.window_NC.numel(),
+            },
             "eval": None if self.eval_NC is None else {"name": options.eval_text, "tokens": self.eval_NC.numel()},
-            "device": options.device,
+            "device": plan.device_of(options),
             "steps": len(history),
             "target_sparsity": options.target_sparsity,
             "tau": rows[-1]["tau"],
@@ -227,24 +172,19 @@ class _Session:
             "history": history,
         }
 
-    def _train(self, stage: int, unfinished: Unfinished) -> None:
-        """One stage, from the saved state if that is of this one."""
-        config, before = self.stages[stage], sum(steps_of(each, self.batches) for each in self.stages[:stage])
-        enter(self.model, self.options.recipe, stage)
-        steps = steps_of(config, self.batches)
-        state = TrainState(self.model, config)
+    def _train(self, unfinished: Unfinished) -> None:
+        """Train, from the saved state if there is one."""
+        steps, state = steps_of(self.config, self.batches), TrainState(self.model, self.config)
         if self.saved is not None:
             state.load_state_dict(torch.load(self.saved / "state.pt", map_location="cpu", weights_only=True))
-        self.kept.stage, self.saved = stage, None
 
         def note(state: TrainState, record: Record) -> None:
-            self.kept.history.append({**record, "step": before + record["step"]})
-            if (before + state.step) % self.options.save_every == 0 and state.step < steps:
-                unfinished.save(self, state, before + state.step)
+            self.kept.history.append(record)
+            if state.step % self.options.save_every == 0 and state.step < steps:
+                unfinished.save(self.model, self.tokenizer, self.kept, state)
 
-        batches = Later(self.batches, before * config.accumulation)
         extras = {"teacher": self.teacher, "state": state, "compile": self.options.compile or False}
-        train(self.model, batches, config, callback=note, **extras)
+        train(self.model, self.batches, self.config, callback=note, **extras)
 
     def _before(self) -> None:
         """Make a dense model sparse; measure."""
@@ -255,12 +195,12 @@ class _Session:
         self.kept.rows += self._measured("before")
 
     def _convert(self) -> None:
-        config, data = self.options.experts(), None
+        config, data = plan.experts(self.options), None
         if config.needs_data:
             rows = max(1, config.calibration_tokens // self.window_NC.shape[1])
             some_N = torch.linspace(0, len(self.window_NC) - 1, min(rows, len(self.window_NC))).round().long()
             data = [self.window_NC[some_N].to(self.model.device)]
-        convert(self.model, self.options.recipe, config, data)
+        sparsify(self.model, config=config, calibration=data)
 
     def _measured(self, when: str) -> list[dict[str, Any]]:
         """With every expert, then at the target, where tau stays."""
@@ -270,8 +210,7 @@ class _Session:
             rows.append({"name": f"{when}, tau 1", "tau": 1.0, **self._perplexity(f"{when}, tau 1")})
         target = self.options.target_sparsity
         some_NC = search_windows(self.window_NC)
-        with as_user_error(ValueError):
-            tau = set_sparsity(self.model, target, some_NC)
+        tau = set_sparsity(self.model, target, some_NC)
         name = f"{when}, {target:.0%} asked"
         if self.eval_NC is not None:
             return [*rows, {"name": name, "tau": tau, **self._perplexity(name)}]
@@ -282,12 +221,25 @@ class _Session:
 
     def _perplexity(self, title: str) -> dict[str, float]:
         assert self.eval_NC is not None
-        with as_user_error(ValueError):
-            if not any(isinstance(module, RoutedExperts) for module in self.model.modules()):
-                return {"sparsity": 0.0, "perplexity": perplexity(self.model, self.eval_NC, title=title)}
-            with record_sparsity(self.model) as self.record:
-                found = perplexity(self.model, self.eval_NC, title=title)
+        if not any(isinstance(module, RoutedExperts) for module in self.model.modules()):
+            return {"sparsity": 0.0, "perplexity": perplexity(self.model, self.eval_NC, title=title)}
+        with record_sparsity(self.model) as self.record:
+            found = perplexity(self.model, self.eval_NC, title=title)
         return {"sparsity": self.record.sparsity, "perplexity": found}
+
+
+def _is_sparse(model: Any, name: str) -> bool:
+    """Whether the model that a run starts from is sparse.
+
+    Raises:
+        UserError: if it selects experts by the rule of a baseline, which is not what recipes train.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    if any(held_rule(layer) is not None for layer in layers):
+        raise UserError(
+            f"{name} selects experts as a baseline does, which no recipe trains: start from the dense model"
+        )
+    return bool(layers)
 
 
 def _distilled(results: Mapping[str, Any]) -> str:

@@ -48,7 +48,7 @@ class Source:
         """Refuse early what would fail late.
 
         Raises:
-            UserError: with a remedy.
+            UserError: if there is no text, more than one, or nothing to read a data set with.
         """
         if (self.text is None) == (self.dataset is None):
             raise UserError("there is nothing to train on: give --text FILE or --dataset NAME, and not both")

@@ -16,20 +16,28 @@ import torch
 from torch import Tensor
 
 SAMPLES = 256
-"""Numbers of a weight that every call compares with what they were when it was copied."""
+"""How many numbers of a weight every call compares with what they were when it was copied. One of every row and column
+took 154 us in place of 20 (docs/log.md, "what bounds bfloat16 calls of several tokens on a CPU")."""
 
 FIRST_CALL = 2
-"""The call that makes the copies: one prompt alone would lose more by them than it gains."""
+"""The call that makes the copies. One prompt alone would lose by them: for one of 2048 x 8192 numbers it takes 20 ms to
+save 2 at every call of 8 tokens (docs/log.md, "bfloat16 on a CPU, several tokens, again")."""
 
 SMALL_BYTES = 128 << 10
-"""A weight below this size is not worth a copy."""
+"""Size of a weight below which a copy is not worth its checks at every call; a guess."""
 
 Name = Literal["router", "up", "gate", "down"]
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """``packed`` is oneDNN's own; ``state`` and ``sample_N`` tell whether the weight is still the one copied."""
+    """A reordered weight, and how to tell whether it is still a copy.
+
+    Attributes:
+        state: where the weight was, its version and its layout.
+        sample_N: some of its numbers, as they were.
+        packed: the weight in oneDNN's own order.
+    """
 
     state: tuple[object, ...]
     sample_N: Tensor
@@ -67,7 +75,7 @@ class Packs:
         self._copies.clear()
 
     def count(self) -> bool:
-        """Notes a call of several tokens; whether the copies are to be used in it."""
+        """Note a call of several tokens; returns whether copies are to be used in it."""
         if not torch.backends.mkldnn.enabled:  # type: ignore[truthy-bool]
             return False
         self._calls = min(self._calls + 1, FIRST_CALL)
@@ -77,7 +85,7 @@ class Packs:
         """The copy of a weight ``[out, in]``, for :func:`linear`; None if it has none.
 
         Args:
-            name: which one it is; ``up`` and ``gate`` have copies if :attr:`every` says so.
+            name: which weight it is; ``up`` and ``gate`` have copies if :attr:`every` says so.
             weight_oi: bfloat16 in this machine's memory (anything else has no copy); the router's copy is float32.
         """
         if not self.every and name in ("up", "gate"):
@@ -94,7 +102,7 @@ class Packs:
 
 
 def linear(x_TI: Tensor, packed: Tensor, bias_O: Tensor | None) -> Tensor:
-    """``x W^T + b`` from the copy of ``W``: ``[T, out]``."""
+    """Linear layer ``x W^T + b`` from the copy of ``W``: ``[T, out]``."""
     y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, packed, bias_O, "none", [], "")
     return y_TO
 

@@ -16,24 +16,58 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from torch_prunepath.ops.cpu.dense import activate
+from torch_prunepath.activations import activate
+from torch_prunepath.weights import UpWeights
 
 FEW_TOKENS = 16
-"""Calls of at most this many tokens may read only active rows."""
+"""Calls of more tokens are always dense: where gathering breaks even was measured up to here."""
 
 SMALL_BYTES = 512 << 10
-"""A projection below this size is done before rows are listed; a sum of fewer bytes is not worth a second thread."""
+"""Size of a projection below which a dense product is done before rows are even listed; and of rows below which their
+sum is not worth a second thread. Both were found by hand on the machine of docs/log.md, "few tokens on a CPU"."""
 
 LARGE_BYTES = 8 << 20
-"""From this size of a projection on, finding the pairs costs little beside reading their rows."""
+"""Size of a projection from which on finding the pairs costs little beside reading their rows; found likewise."""
 
 CACHED_BYTES = 2 << 20
-"""What is cheap to read a second time: rows that several tokens share."""
+"""Bytes of rows that are cheap to read a second time, for the next token. A guess at common sizes of a core's cache."""
+
+# Gathering is chosen for at most so many pairs of a token and a neuron, as multiples of the number of rows. On 2 cores
+# of an AMD EPYC with AVX-512, `benchmarks/cpu_rows.py --parts projections` shows where it breaks even: numbers that are
+# called fitted were fitted to that, at 1 to 16 tokens and 576 to 3584 columns; how others were found was not recorded.
+
+DOTS_16_BITS = 1.8
+"""Limit on dot products with very long 16-bit rows; fitted. Each costs what a dense product takes for 1 / 1.8 rows."""
+
+DOT_START_BYTES = 2200
+"""Cost of starting a dot product, as so many bytes of a 16-bit row; fitted. It makes short rows pay for fewer pairs."""
+
+DOTS_ONE_TOKEN = 2.0
+"""How much more often dot products of a single token pay in 16 bits, fitted: its pairs need no order among tokens."""
+
+DOTS_PACKED = 0.45
+"""How much less often they pay where the dense product would read a copy in oneDNN's order, in about half the time."""
+
+DOTS_32_BITS, DOTS_32_BITS_LARGE = 2.0, 3.0
+"""Limits on dot products with float32 rows of small and of large projections: MKL's products of few tokens are slow."""
+
+SUMS_16_BITS, SUMS_32_BITS = 1.0, 2.0
+"""Limits on sums of rows of small projections."""
+
+SUMS_LARGE = 4.0
+"""Limit on sums of rows of large projections: in 16 bits, a dense product first copies what is laid out by rows, which
+takes longer than the product itself (docs/log.md, "few tokens on a CPU")."""
+
+SUMS_PACKED, SUMS_PACKED_LARGE = 0.4, 0.6
+"""Limits on sums of rows where the dense product would read a copy in oneDNN's order."""
+
+PAIRS_64_BITS = 0.5
+"""Limit on dot products and sums in float64, whose dense products are as good as float32's; a guess."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The work of a call of few tokens.
+    """Pairs of a token and a neuron that is active for it: the work of a call of few tokens.
 
     Attributes:
         rows_P: int64, the neuron of each pair.
@@ -54,43 +88,44 @@ class Pairs:
 def dots_pay(pairs: int, tokens: int, rows_FD: Tensor, packed: bool = False) -> bool:
     """Whether :func:`dot_rows` of P pairs is expected to be faster than a dense product of T tokens with all rows.
 
-    A dense product reads every row once, whatever T. A gathered one pays for every pair: with 16-bit rows as much as
-    the dense product for ``(row_bytes + 2200) / 1.8`` bytes, half of it for a single token; with float32 rows a third
-    of a row, because MKL's products of few tokens are slow. Fitted to the break-even points of rows of 576 to 3584
-    columns at 1 to 16 tokens (2 cores with AVX-512; benchmarks/cpu_rows.py).
+    A dense product reads every row once, whatever T; a gathered one pays for every pair.
 
     Args:
         pairs: P, summed over tokens.
         tokens: T.
         rows_FD: gate, up or fc1 rows ``[F, D]``.
-        packed: whether the dense product would read a copy in oneDNN's order (:mod:`torch_prunepath.ops.cpu.packs`),
-            which takes about half the time.
+        packed: whether the dense product would read a copy in oneDNN's order (:mod:`torch_prunepath.ops.cpu.packs`).
     """
     if not _gatherable(tokens, rows_FD):
         return False
-    if rows_FD.element_size() == 2:
-        row_bytes = 2 * rows_FD.shape[1]
-        share = 1.8 * row_bytes / (row_bytes + 2200)
-        share *= 2 if tokens == 1 else 0.45 if packed else 1
+    if rows_FD.element_size() > 4:
+        share = PAIRS_64_BITS
+    elif rows_FD.element_size() == 4:
+        share = DOTS_32_BITS_LARGE if rows_FD.nbytes >= LARGE_BYTES else DOTS_32_BITS
     else:
-        share = 0.5 if rows_FD.element_size() > 4 else 3.0 if rows_FD.nbytes >= LARGE_BYTES else 2.0
+        row_bytes = 2 * rows_FD.shape[1]
+        share = DOTS_16_BITS * row_bytes / (row_bytes + DOT_START_BYTES)
+        share *= DOTS_ONE_TOKEN if tokens == 1 else DOTS_PACKED if packed else 1
     return pairs <= share * rows_FD.shape[0]
 
 
 def sums_pay(pairs: int, tokens: int, rows_FD: Tensor, packed: bool = False) -> bool:
-    """As :func:`dots_pay`, for :func:`sum_rows` and down rows ``[F, D]``.
+    """Whether :func:`sum_rows` of P pairs is expected to be faster than a dense product; arguments as :func:`dots_pay`.
 
-    They pay longer: in 16 bits the dense product first copies a weight that is laid out by rows, unless there is a
-    ``packed`` copy of it (:mod:`torch_prunepath.ops.cpu.packs`).
+    ``rows_FD`` are down rows ``[F, D]``. Their sums pay longer than dot products.
     """
-    if packed:
-        share = 0.6 if rows_FD.nbytes >= LARGE_BYTES else 0.4
-    elif rows_FD.nbytes >= LARGE_BYTES:
-        share = 4.0
+    if not _gatherable(tokens, rows_FD):
+        return False
+    large = rows_FD.nbytes >= LARGE_BYTES
+    if rows_FD.element_size() > 4:
+        share = PAIRS_64_BITS
+    elif packed:
+        share = SUMS_PACKED_LARGE if large else SUMS_PACKED
+    elif large:
+        share = SUMS_LARGE
     else:
-        share = 1.0 if rows_FD.element_size() == 2 else 2.0
-    share = 0.5 if rows_FD.element_size() > 4 else share
-    return _gatherable(tokens, rows_FD) and pairs <= share * rows_FD.shape[0]
+        share = SUMS_16_BITS if rows_FD.element_size() == 2 else SUMS_32_BITS
+    return pairs <= share * rows_FD.shape[0]
 
 
 def _gatherable(tokens: int, rows_FD: Tensor) -> bool:
@@ -143,7 +178,7 @@ def _pairs_of_some(on_TF: Tensor, row_bytes: int) -> Pairs:
 
 
 def dot_rows(x_TD: Tensor, pairs: Pairs, rows_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    """``x[t] . rows[f] + bias[f]`` of every pair: ``[P]``."""
+    """Dot product ``x[t] . rows[f] + bias[f]`` of every pair: ``[P]``."""
     gather = torch.ops.aten._embedding_bag_per_sample_weights_backward
     dots_P = gather(x_TD, rows_FD, pairs.rows_P, pairs.starts_B, pairs.tokens_P, 0)
     return dots_P if bias_F is None else dots_P.add_(bias_F[pairs.rows_P])  # type: ignore[no-any-return]
@@ -160,23 +195,15 @@ def sum_rows(h_P: Tensor, pairs: Pairs, rows_FD: Tensor, bias_D: Tensor | None) 
     return (y_TD if bias_D is None else y_TD.add_(bias_D)).to(h_P.dtype)
 
 
-def hidden_of_pairs(
-    x_TD: Tensor,
-    pairs: Pairs,
-    up_FD: Tensor,
-    up_F: Tensor | None,
-    gate_FD: Tensor | None,
-    gate_F: Tensor | None,
-    activation: str,
-) -> Tensor:
+def hidden_of_pairs(x_TD: Tensor, pairs: Pairs, weights: UpWeights, activation: str) -> Tensor:
     """Hidden activation of every pair: ``[P]``."""
-    up_P = dot_rows(x_TD, pairs, up_FD, up_F)
-    gate_P = None if gate_FD is None else dot_rows(x_TD, pairs, gate_FD, gate_F)
-    return activate(up_P, gate_P, activation)
+    up_P = dot_rows(x_TD, pairs, weights.up_FD, weights.up_bias_F)
+    gate_P = None if weights.gate_FD is None else dot_rows(x_TD, pairs, weights.gate_FD, weights.gate_bias_F)
+    return activate(up_P, gate_P, activation, reuse=True)
 
 
 def take_pairs(h_TF: Tensor, pairs: Pairs) -> Tensor:
-    """Values of the pairs: ``[T, F] -> [P]``."""
+    """The hidden activations of the pairs: ``[T, F] -> [P]``."""
     return h_TF[pairs.tokens_P, pairs.rows_P]
 
 
@@ -186,8 +213,8 @@ def spread_pairs(h_P: Tensor, pairs: Pairs, ffn_size: int) -> Tensor:
     return h_P.new_zeros(pairs.tokens * ffn_size).index_copy_(0, places_P, h_P).view(pairs.tokens, ffn_size)
 
 
-def scale_pairs_(h_P: Tensor, pairs: Pairs, gates_TE: Tensor | None, expert_size: int) -> Tensor:
-    """Multiplies every pair by its expert's gate, in place."""
-    if gates_TE is None:
+def weigh_pairs_(h_P: Tensor, pairs: Pairs, weights_TE: Tensor | None, expert_size: int) -> Tensor:
+    """Multiplies every pair by its expert's weight, None being 1, in place."""
+    if weights_TE is None:
         return h_P
-    return h_P.mul_(gates_TE.to(h_P.dtype)[pairs.tokens_P, pairs.rows_P // expert_size])
+    return h_P.mul_(weights_TE.to(h_P.dtype)[pairs.tokens_P, pairs.rows_P // expert_size])

@@ -29,10 +29,11 @@ def active_experts(scores_E: Tensor, tau: float, rule: Rule, shared: int = 0) ->
     return order_E[: under + 1 if rule == "reach" else max(under, 1)]
 
 
-def mask_of_tokens(scores_TE: Tensor, tau: float, rule: Rule, shared: int = 0) -> Tensor:
-    """The active experts of every token: ``[T, E]`` -> bool ``[T, E]``."""
+def select_experts(scores_TE: Tensor, tau: float | Tensor, rule: Rule, shared: int = 0) -> Tensor:
+    """The active experts of every token: ``[T, E]`` -> bool ``[T, E]``; ``tau`` may be a 0-d float32 tensor."""
     if shared:
-        return with_shared(mask_of_tokens(scores_TE[:, shared:], tau, rule), shared)
+        return with_shared(select_experts(scores_TE[:, shared:], tau, rule), shared)
+    tau = float(tau)
     if tau >= 1 or not scores_TE.numel():
         return torch.ones_like(scores_TE, dtype=torch.bool)
     p_TE = scores_TE.detach().float().softmax(-1)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_prunepath.bench.check import relative_rms
 from torch_prunepath.bench.decoder import Work, logits_of
-from torch_prunepath.bench.floor import Traffic
-from torch_prunepath.bench.gate import relative_rms
 from torch_prunepath.bench.layers import Usage
+from torch_prunepath.bench.timing import Traffic
 from torch_prunepath.inputs.visit import removing
 from torch_prunepath.layer import Routing
 from torch_prunepath.layer.views import sparse_layers, sparse_views

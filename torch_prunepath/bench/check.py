@@ -16,12 +16,13 @@ from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.bench.layers import Layer
 from torch_prunepath.console.errors import UserError
 from torch_prunepath.layer.reference import router_scores_reference
-from torch_prunepath.ops.operators import expand_experts
+from torch_prunepath.ops.experts import expand_experts
 
 MASS_TOLERANCE = 1e-5
 """Experts whose mass_before lies this near to tau may be active or not."""
 
 CHECKED_TOKENS = 8
+"""Tokens of a batch that are compared: float64 takes its time, and a kernel that is wrong is wrong for many."""
 
 BOUNDS: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -97,7 +98,7 @@ class _Reference:
         up_TF = linear(layer.up_FD, layer.up_bias_F)
         self.h_TF = act(up_TF) if layer.gate_FD is None else act(linear(layer.gate_FD, layer.gate_bias_F)) * up_TF
         self.layer = layer
-        self.scores_TE = router_scores_reference(x_TD, layer.router_ED, layer.router_bias_E, layer.normalise)
+        self.scores_TE = router_scores_reference(x_TD, layer.router_ED, layer.router_bias_E, layer.router_norm)
         self.down_FD = layer.down_FD.double()
         self.bias_D = 0.0 if layer.down_bias_D is None else layer.down_bias_D.double()
 
@@ -108,10 +109,10 @@ class _Reference:
         """The output, with experts at the threshold active wherever ``found_TD`` shows that they were."""
         size, ffn_size = self.layer.expert_size, self.h_TF.shape[1]
         offset = self.layer.gate_offset
-        gates_TE = None if offset is None else torch.sigmoid(self.scores_TE + offset)
-        if gates_TE is not None:
-            gates_TE[:, : self.layer.shared] = 1.0
-        h_TF = self.h_TF if gates_TE is None else self.h_TF * expand_experts(gates_TE, size, ffn_size)
+        weights_TE = None if offset is None else torch.sigmoid(self.scores_TE + offset)
+        if weights_TE is not None:
+            weights_TE[:, : self.layer.shared] = 1.0
+        h_TF = self.h_TF if weights_TE is None else self.h_TF * expand_experts(weights_TE, size, ffn_size)
         mask_TE, open_TE = self._masks()
         y_TD = h_TF.masked_fill(~expand_experts(mask_TE, size, ffn_size), 0) @ self.down_FD + self.bias_D
         for t in open_TE.any(-1).nonzero().flatten().tolist():

@@ -19,7 +19,10 @@ from torch_prunepath.bench.decoder import Decoder, read_prompt
 from torch_prunepath.bench.options import MODES, DecodeOptions
 
 REPEATS = 3
+"""Times that each prompt is run: the median of three leaves out one that something else disturbed."""
+
 SHORTEST = 16
+"""Tokens of the shortest prompt: about a question."""
 
 
 def lengths(count: int, longest: int) -> list[int]:
@@ -28,7 +31,7 @@ def lengths(count: int, longest: int) -> list[int]:
     return [round(first + (longest - first) * i / max(count - 1, 1)) for i in range(count)]
 
 
-class Requests:
+class Prompts:
     """Prompts of up to ``context`` tokens for a dense or sparse model, batch 1; each goes on for ``new_tokens`` tokens.
 
     Everything is compiled when this is built: the decoding step in one of ``MODES``, the reading of prompts for any
@@ -46,7 +49,7 @@ class Requests:
         self._step = self.decoder.prepared(MODES[mode], backend)
         compiled = MODES[mode].compile is not None
         self._reader: Any = torch.compile(read_prompt, backend=backend, dynamic=True) if compiled else read_prompt
-        counts = lengths(options.requests, options.context)
+        counts = lengths(options.num_prompts, options.context)
         self._prompts = [ids_1C[:, -(length + options.new_tokens + 1) :].contiguous() for length in counts]
         # The longest first and last: code for one length is compiled anew, for any, when it meets another.
         for prompt_1C in (self._prompts[-1], *self._prompts):
@@ -93,12 +96,12 @@ def paired(
     return [{**_shared(d), **about, **_side("dense", d), **_side("sparse", s)} for d, s in pairs]
 
 
-def _shared(request: dict[str, Any]) -> dict[str, Any]:
-    return {key: request[key] for key in ("geometry", "prompt", "prompt_tokens", "new_tokens")}
+def _shared(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {key: prompt[key] for key in ("geometry", "prompt", "prompt_tokens", "new_tokens")}
 
 
-def _side(side: str, request: dict[str, Any]) -> dict[str, float]:
+def _side(side: str, prompt: dict[str, Any]) -> dict[str, float]:
     return {
-        f"{side}_latency_ms": request["latency_ms"],
-        f"{side}_tokens_per_s": request["new_tokens"] / request["latency_ms"] * 1e3,
+        f"{side}_latency_ms": prompt["latency_ms"],
+        f"{side}_tokens_per_s": prompt["new_tokens"] / prompt["latency_ms"] * 1e3,
     }

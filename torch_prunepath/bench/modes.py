@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from torch_prunepath.bench.check import relative_rms, require
 from torch_prunepath.bench.decoder import Step, Work, logits_of
-from torch_prunepath.bench.gate import relative_rms, require
 from torch_prunepath.bench.options import MODES, DecodeOptions
 from torch_prunepath.bench.timing import Peak, Timing, peak_memory, timed
 
 CHECKED_CALLS = 4
-"""Calls whose logits are compared."""
+"""Calls whose logits are compared: the first ones, as each takes an eager call too."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Measured:
 
     @property
     def timing(self) -> Timing:
-        """Of the fastest mode."""
+        """The times of the fastest mode."""
         return self.times[self.best]
 
 

@@ -1,0 +1,94 @@
+"""What ``prunepath quickstart``, ``sparsify`` and ``info`` take. Nothing heavy is imported here, so help is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch_prunepath.config import SparsifyConfig, check_sparsity, check_tau
+from torch_prunepath.console.options import option, settings
+
+TAUS = (0.97, 0.95, 0.9, 0.8, 0.7)
+"""Thresholds from nearly dense to where quality without training is visibly worse, on SmolLM2-135M."""
+
+SETTINGS = "settings of torch_prunepath.SparsifyConfig"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartOptions:
+    """Sparsify a small model; measure quality and speed; save and reload it.
+
+    Attributes:
+        model: name or folder of a causal language model (default: SmolLM2-135M-Instruct).
+        text: UTF-8 text to fit and measure on (default: Python's help topics).
+        output: folder to write.
+        taus: thresholds to measure; the checkpoint keeps the middle one.
+        seed: seed of everything random (default: 0).
+
+    Raises:
+        ValueError: if a threshold is not in (0, 1].
+    """
+
+    model: str | None = None
+    text: str | None = option(default=None, metavar="FILE")
+    output: Path = option("-o", "--output", default=Path("prunepath-quickstart"))
+    taus: Sequence[float] = option("--tau", default=TAUS)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for tau in self.taus:
+            check_tau(tau)
+
+    @property
+    def distinct_taus(self) -> list[float]:
+        """The thresholds once each, from dense to sparse."""
+        return sorted(set(map(float, self.taus)), reverse=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifyOptions:
+    """Sparsify a causal language model and save the checkpoint.
+
+    Attributes:
+        model: name or folder of a causal language model, or a GGUF file.
+        output: folder to write; must not exist, or be empty.
+        tau: threshold in (0, 1].
+        sparsity: find the tau that reaches this inactive share of neurons.
+        text: UTF-8 text to fit and measure on (default: Python's help topics).
+        settings: fields of :class:`torch_prunepath.SparsifyConfig` that were given.
+
+    Raises:
+        ValueError: if a value is not allowed.
+    """
+
+    model: str = option(positional=True, metavar="MODEL")
+    output: Path = option("-o", "--output")
+    tau: float = option(default=0.9, one_of="knob")
+    sparsity: float | None = option(default=None, one_of="knob")
+    text: str | None = option(default=None, metavar="FILE")
+    settings: Mapping[str, Any] = settings(SparsifyConfig, SETTINGS)
+
+    def __post_init__(self) -> None:
+        check_tau(self.tau)
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        assert self.config
+
+    @cached_property
+    def config(self) -> SparsifyConfig:
+        """How experts and routers are built."""
+        return SparsifyConfig(**self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions:
+    """Describe a sparse checkpoint without loading its weights.
+
+    Attributes:
+        folder: a folder that save_pretrained wrote.
+    """
+
+    folder: Path = option(positional=True, metavar="DIR")
