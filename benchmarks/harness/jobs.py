@@ -17,7 +17,7 @@ from benchmarks.harness.methods import METHODS, check
 from benchmarks.harness.parts import Part, Worker, bar_of
 from benchmarks.harness.store import Record, Store, digest
 from benchmarks.harness.task import Task
-from benchmarks.harness.work import Work
+from benchmarks.harness.work import LEAST_STEPS, Work
 from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.train import TrainConfig
 from torch_prunepath.train.compiling import check_how
@@ -174,15 +174,13 @@ class Jobs:
         return dense + len(self.wanted)
 
     def check(self) -> None:
-        """Refuse settings before anything heavy runs.
+        """Refuse settings that the task cannot do.
 
         Raises:
-            UserError: if one is refused.
+            UserError: if steps would differ in size.
         """
-        for seed, name, shares, lr in self.wanted:
-            job = self.job(name, shares, seed, lr, lr if self.task.tuned else None)
-            check(Work(dataclasses.replace(job, settings={**job.settings}), self.task, nn.Identity()))
-            self.task.batches(seed, accumulation=job.settings.get("accumulation", self.task.accumulation))
+        for settings in self.options.methods.values():
+            self.task.batches(0, accumulation=settings.get("accumulation", self.task.accumulation))
 
     def run(self, bar: Any) -> None:
         """Do those that are not done yet: the fine-tuning of each seed first, if the task has it."""
@@ -252,6 +250,26 @@ def _note(work: Work, record: Record) -> None:
     record |= {"conversion_kept": work.kept, "evaluation_seconds": 0.0, "history": training.history}
 
 
+class _NoTask:
+    """Enough of a task to look at settings."""
+
+    accumulation = 1
+
+
+def check_settings(options: Options) -> None:
+    """Refuse methods' settings before any data are read.
+
+    Raises:
+        UserError: if one is refused.
+    """
+    for name, settings in options.methods.items():
+        shares = options.sparsity[:1] if METHODS[name].each else options.sparsity
+        for lr in options.lr:
+            given = ("", name, settings, tuple(shares), lr, 0, options.steps or LEAST_STEPS, None)
+            job = Job(*given, options.autocast, options.compile, None, "", "", {})
+            check(Work(job, _NoTask(), nn.Identity()))  # type: ignore[arg-type]
+
+
 def score_of(record: Mapping[str, Any]) -> float:
     """What the selection half says of a dense job; minus infinity if it failed."""
     rows = record.get("rows") or []
@@ -272,6 +290,7 @@ def run(tasks: Sequence[Task], options: Options) -> dict[str, list[str]]:
         UserError: if a setting is refused, before anything is trained; if a result cannot be written; or if the folder
             holds something else than results of this version.
     """
+    check_settings(options)
     store = Store(options.output)
     store.check_free()
     worker = Worker(store, options.command_line, options.commit, options.session_seconds)

@@ -39,7 +39,7 @@ ROUTERS: Mapping[str, type[Router]] = MappingProxyType(
     {kind.__name__: kind for kind in (Router, UnitRouter, MLPRouter)}
 )
 TRAITS = ("router_norm", "activation", "unit_input", "magnitude")
-"""What routers have besides weights."""
+"""Attributes that routers have besides weights."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], said: Any) -> None:

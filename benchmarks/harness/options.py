@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.jobs import Options
+from benchmarks.harness.jobs import Options, check_settings
 from benchmarks.harness.methods import METHODS
 from benchmarks.harness.task import Task
 from torch_prunepath.console.errors import UserError
@@ -114,7 +114,7 @@ def options_of(arguments: argparse.Namespace, command_line: str, **more: Any) ->
     same = {
         name: getattr(a, name) for name in ("output", "sparsity", "compile", "seconds", "session_seconds", "commit")
     }
-    return Options(
+    options = Options(
         methods=settings_of(a.fields, list(dict.fromkeys(a.methods))),
         lr=tuple(dict.fromkeys(a.lr)),
         seeds=tuple(dict.fromkeys(a.seeds)),
@@ -124,6 +124,8 @@ def options_of(arguments: argparse.Namespace, command_line: str, **more: Any) ->
         **same,
         **more,
     )
+    check_settings(options)
+    return options
 
 
 def check_device(name: str) -> None:

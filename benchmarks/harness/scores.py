@@ -84,7 +84,7 @@ def _check_alike(runs: Mapping[str, Record]) -> None:
             other, value = first.setdefault((job["task"], what), (name, mine))
             if value != mine:
                 kind = "models" if what == "weights" else "data, or data that were cut otherwise"
-                raise UserError(f"{other} and {name} are of different {kind}: keep each in a place of its own")
+                raise UserError(f"{other} and {name} are of different {kind}: keep each in a folder of its own")
 
 
 def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:

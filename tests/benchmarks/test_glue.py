@@ -501,8 +501,8 @@ def test_foreign_folders_are_left_alone(
     assert "there is no result of sst2, mrpc, rte, qnli in" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     empty = tmp_path / "empty"
-    config = {"task": "rte", "weights": "w", "data": "d"}
-    Store(empty).write("diverged", {"config": config, "rows": [], "failed": "the loss is nan"})
+    job = {"task": "rte", "weights": "w", "about": {"data": "d"}}
+    Store(empty).write("diverged", {"format": 2, "job": job, "rows": [], "failed": "the loss is nan"})
     assert glue.main(["report", str(empty)]) == 2
     assert "no run has ended well" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.discover.linears import (
-    Layer,
+    LinearAt,
     comes_from_here,
     common_ancestor,
     fits,
@@ -101,7 +101,7 @@ class _Search:
         self._parents = Counter(child for module in modules for child in set(module.children()))
         self._holders = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
 
-    def visit(self, name: str, module: nn.Module) -> list[Layer]:
+    def visit(self, name: str, module: nn.Module) -> list[LinearAt]:
         """Look for FFNs in ``module``, innermost first. Returns the linear layers in it that are part of none."""
         if module in self._seen:
             return []
@@ -113,7 +113,7 @@ class _Search:
         sizes = sizes_of(module)
         if sizes is not None:
             self._problems[module] = self._problem_of(module)
-            return [Layer(name, module, *sizes)]
+            return [LinearAt(name, module, *sizes)]
         if comes_from_here(module):
             self.refused.append(Refusal(name, "is sparse already"))
             return []
@@ -132,7 +132,7 @@ class _Search:
             return "shares its weights with another module"
         return problem_of(module)
 
-    def _examine(self, name: str, module: nn.Module, free: list[Layer]) -> list[Layer]:
+    def _examine(self, name: str, module: nn.Module, free: list[LinearAt]) -> list[LinearAt]:
         """Try ``module`` as an FFN, whole or split. Returns the layers that are still free."""
         near = [layer for layer in free if relative(layer.name, name).count(".") < _SPLIT_DEPTH]
         pairs = [(u, d) for u in near for d in near if fits(u, d) and not self._nested(name, u, d)]
@@ -162,7 +162,7 @@ class _Search:
             self.refused.append(Refusal(name, reason))
         return left
 
-    def _nested(self, name: str, *layers: Layer) -> bool:
+    def _nested(self, name: str, *layers: LinearAt) -> bool:
         """Whether all layers lie in one submodule with a ``forward`` of its own, where they were tried already."""
         inner = common_ancestor(*(layer.name for layer in layers))
         while inner != name:
@@ -172,8 +172,13 @@ class _Search:
         return False
 
     def _split(
-        self, name: str, module: nn.Module, pairs: list[tuple[Layer, Layer]], free: list[Layer], refusals: list[Refused]
-    ) -> list[Layer]:
+        self,
+        name: str,
+        module: nn.Module,
+        pairs: list[tuple[LinearAt, LinearAt]],
+        free: list[LinearAt],
+        refusals: list[Refused],
+    ) -> list[LinearAt]:
         """Take every split FFN among ``pairs``; note in ``refusals`` why others are none. Returns what is free."""
         for up in dict.fromkeys(up for up, _ in pairs):
             downs = [down for u, down in pairs if u is up and down in free]
@@ -189,7 +194,7 @@ class _Search:
             free = [layer for layer in free if layer.name not in taken]
         return free
 
-    def _holds_gated(self, module: nn.Module, pairs: list[tuple[Layer, Layer]]) -> bool:
+    def _holds_gated(self, module: nn.Module, pairs: list[tuple[LinearAt, LinearAt]]) -> bool:
         """Whether two layers are the gate and up of an FFN inside ``module.forward``; such a one cannot be split."""
         ups = dict.fromkeys(up for up, down in pairs if up.out_size == down.in_size)
         for two in combinations(ups, 2):

@@ -17,7 +17,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Layer:
+class LinearAt:
     """A linear layer ``[in_size] -> [out_size]`` by its qualified name."""
 
     name: str
@@ -26,7 +26,7 @@ class Layer:
     out_size: int
 
 
-def fits(up: Layer, down: Layer) -> bool:
+def fits(up: LinearAt, down: LinearAt) -> bool:
     """Whether the sizes are an FFN's: ``[D] -> [F]``, or ``[D] -> [2F]`` with gate and up fused, and ``[F] -> [D]``."""
     return up is not down and down.out_size == up.in_size and up.out_size in (down.in_size, 2 * down.in_size)
 

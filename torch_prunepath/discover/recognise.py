@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import FFNSpec
-from torch_prunepath.discover.linears import Layer, common_ancestor, fits, relative
+from torch_prunepath.discover.linears import LinearAt, common_ancestor, fits, relative
 from torch_prunepath.discover.stand_ins import Opaque, Probe, Refused, Trace, inputs_of, leaves, trace
 
 # Factors that tell which nn.Dropout of a module a value went through.
@@ -98,7 +98,7 @@ class Trials:
             self._values[key] = torch.sinh((2 * uniform - 1) * math.asinh(1000.0))
         return self._values[key]
 
-    def whole(self, name: str, owner: nn.Module, layers: Sequence[Layer]) -> FFNSpec:
+    def whole(self, name: str, owner: nn.Module, layers: Sequence[LinearAt]) -> FFNSpec:
         """Try ``owner.forward(x)`` as an FFN of exactly these layers, all its linear layers.
 
         Raises:
@@ -118,7 +118,7 @@ class Trials:
                 refusals.append(refusal)
         raise max(refusals, key=lambda refusal: refusal.rank)
 
-    def _same_in_training(self, spec: FFNSpec, owner: nn.Module, layers: Sequence[Layer]) -> FFNSpec:
+    def _same_in_training(self, spec: FFNSpec, owner: nn.Module, layers: Sequence[LinearAt]) -> FFNSpec:
         try:
             in_training = self._whole(spec.name, owner, layers, spec.hidden_size, training=True)
         except Refused as refusal:
@@ -127,7 +127,7 @@ class Trials:
             raise Refused("forward computes something else in training", rank=2)
         return spec
 
-    def _whole(self, name: str, owner: nn.Module, layers: Sequence[Layer], size: int, *, training: bool) -> FFNSpec:
+    def _whole(self, name: str, owner: nn.Module, layers: Sequence[LinearAt], size: int, *, training: bool) -> FFNSpec:
         tokens = self._tokens(layers)
         x = self._numbers(tokens, size, 0)
         given = {
@@ -174,7 +174,7 @@ class Trials:
             ffn_size=down.in_size,
         )
 
-    def split(self, owner: nn.Module, up: Layer, downs: Sequence[Layer]) -> FFNSpec:
+    def split(self, owner: nn.Module, up: LinearAt, downs: Sequence[LinearAt]) -> FFNSpec:
         """Try ``up`` and one of ``downs`` as an FFN somewhere inside ``owner.forward``.
 
         Raises:
@@ -193,7 +193,7 @@ class Trials:
             split=True,
         )
 
-    def is_gated(self, owner: nn.Module, ups: Sequence[Layer], downs: Sequence[Layer]) -> bool:
+    def is_gated(self, owner: nn.Module, ups: Sequence[LinearAt], downs: Sequence[LinearAt]) -> bool:
         """Whether two first layers make a gated FFN with one of ``downs`` somewhere inside ``owner.forward``."""
         try:
             self._inside(owner, ups, downs)
@@ -201,7 +201,9 @@ class Trials:
             return False
         return True
 
-    def _inside(self, owner: nn.Module, ups: Sequence[Layer], downs: Sequence[Layer]) -> tuple[Layer, _Formula]:
+    def _inside(
+        self, owner: nn.Module, ups: Sequence[LinearAt], downs: Sequence[LinearAt]
+    ) -> tuple[LinearAt, _Formula]:
         """The last layer that ``ups`` feed inside ``owner.forward``, and how."""
         tokens = self._tokens([*ups, *downs])
         given: dict[nn.Module, Tensor | None] = {down.module: None for down in downs}
@@ -226,7 +228,7 @@ class Trials:
         return fed[0], formula
 
     @staticmethod
-    def _tokens(layers: Sequence[Layer]) -> int:
+    def _tokens(layers: Sequence[LinearAt]) -> int:
         """T such that 2 T F is 512 or more: enough numbers to tell activations apart."""
         return max(2, math.ceil(256 / min(layer.out_size for layer in layers)))
 

@@ -41,6 +41,20 @@ GIVEN_UP = (0.003, 0.006, 0.012, 0.02, 0.035, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45,
 REFERENCE_SPARSITY = 0.4
 """Budgets are exact at this mean sparsity. On SmolLM2-135M one set of them serves 10% to 50%."""
 
+FIRST_MIDDLE = 0.35
+"""How far below the first of ``GIVEN_UP``, as a logarithm, the middle of the interval before it is taken to be: half of
+the distance to the next one, log 2 / 2."""
+
+NOTHING_GIVEN_UP = 3.0
+"""How far below the first of ``GIVEN_UP``, as a logarithm, a layer counts as dense: at a twentieth of that mass."""
+
+MOST_GIVEN_UP = 0.97
+"""Largest share of its mass that a layer gives up where budgets are set: the costs of more were not measured, and a
+share of 1 would have no logarithm to compare budgets by."""
+
+SMALLEST_BUDGET = 0.05
+"""No layer's exponent is smaller: it would give up nearly all its mass at every tau, however near to 1."""
+
 Curve = list[tuple[float, float]]
 """(sparsity, cost) of one layer at each value of ``GIVEN_UP``."""
 
@@ -159,7 +173,7 @@ def cost_curve(
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _CostCurve:
     """A curve made convex: at marginal cost ``exp(price[i])`` the layer gives up ``exp(log_u[i])`` of its mass."""
 
     price: list[float]
@@ -168,7 +182,7 @@ class _Layer:
     sparsity: list[float]
 
     @classmethod
-    def of(cls, curve: Curve) -> _Layer:
+    def of(cls, curve: Curve) -> _CostCurve:
         grid = [math.log(u) for u in GIVEN_UP]
         sparsity = [0.0]
         for s, _ in curve:
@@ -180,12 +194,12 @@ class _Layer:
         for i in range(1, len(costs)):
             marginal = max((costs[i] - costs[i - 1]) / (sparsity[i] - sparsity[i - 1]), 1e-12)
             price.append(max(math.log(marginal), price[-1] + 1e-6 if price else -math.inf))
-        middles = [grid[0] - 0.35] + [(a + b) / 2 for a, b in itertools.pairwise(grid)]
-        return cls(price, middles, [grid[0] - 3.0, *grid], sparsity)
+        middles = [grid[0] - FIRST_MIDDLE] + [(a + b) / 2 for a, b in itertools.pairwise(grid)]
+        return cls(price, middles, [grid[0] - NOTHING_GIVEN_UP, *grid], sparsity)
 
     def given_up(self, price: float) -> float:
         """Logarithm of ``1 - tau`` at a marginal cost."""
-        return min(_interpolate(price, self.price, self.log_u), math.log(0.97))
+        return min(_interpolate(price, self.price, self.log_u), math.log(MOST_GIVEN_UP))
 
     def sparsity_at(self, price: float) -> float:
         return _interpolate(self.given_up(price), self.sparsity_log_u, self.sparsity, extrapolate=False)
@@ -213,7 +227,7 @@ def allocate(curves: Mapping[str, Curve], sparsity: float = REFERENCE_SPARSITY) 
     Returns:
         For each layer the exponent b of ``1 - tau_layer = (1 - tau) ** b``; they average 1, and larger ones protect.
     """
-    layers = {name: _Layer.of(curve) for name, curve in curves.items()}
+    layers = {name: _CostCurve.of(curve) for name, curve in curves.items()}
     low, high = -40.0, 40.0
     for _ in range(60):
         price = (low + high) / 2
@@ -221,4 +235,4 @@ def allocate(curves: Mapping[str, Curve], sparsity: float = REFERENCE_SPARSITY) 
         low, high = (price, high) if mean < sparsity else (low, price)
     logs = {name: layer.given_up(low) for name, layer in layers.items()}
     mean_log = sum(logs.values()) / len(logs)
-    return {name: max(log / mean_log, 0.05) for name, log in logs.items()}
+    return {name: max(log / mean_log, SMALLEST_BUDGET) for name, log in logs.items()}

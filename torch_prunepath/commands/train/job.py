@@ -31,7 +31,6 @@ from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.manifest import attached
-from torch_prunepath.layer.rules import held_rule
 from torch_prunepath.sparsity import SparsityRecord, record_sparsity, set_sparsity, set_tau
 from torch_prunepath.train.batches import Batches
 from torch_prunepath.train.loop import steps_of, train
@@ -235,7 +234,7 @@ def _is_sparse(model: Any, name: str) -> bool:
         UserError: if it selects experts by the rule of a baseline, which is not what recipes train.
     """
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    if any(held_rule(layer) is not None for layer in layers):
+    if any(layer.selection is not None for layer in layers):
         raise UserError(
             f"{name} selects experts as a baseline does, which no recipe trains: start from the dense model"
         )
