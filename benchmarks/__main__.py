@@ -40,10 +40,6 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 """Module of each command inside this package; it has ``main(argv) -> exit code``."""
 
 
-THERE = tuple(name for name, module in COMMANDS.items() if _file_of(module).is_file())
-"""Names of the commands whose modules are in this checkout."""
-
-
 def summary(module: str) -> str:
     """The first line of a module's docstring; the module is not imported, since some need a GPU's packages."""
     about = ast.get_docstring(ast.parse(_file_of(module).read_text(encoding="utf-8"))) or ""
@@ -54,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code, 2 if there is no such command."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, THERE))
-        print("\n".join([str(__doc__), *(f"  {name:{width}}  {summary(COMMANDS[name])}" for name in THERE)]))
+        width = max(map(len, COMMANDS))
+        print("\n".join([str(__doc__), *(f"  {name:{width}}  {summary(COMMANDS[name])}" for name in COMMANDS)]))
         return 0
     name, *rest = argv
-    if name not in THERE:
-        print(f"error: there is no benchmark {name!r}: choose from {', '.join(THERE)}", file=sys.stderr)
+    if name not in COMMANDS:
+        print(f"error: there is no benchmark {name!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     found: int = importlib.import_module(f"benchmarks.{COMMANDS[name]}").main(rest)
     return found
