@@ -34,7 +34,6 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "training": "training",
         "distillation": "distillation",
         "pictures": "pictures",
-        **{f"figure{number}": f"presets.figure{number}" for number in (2, 3, 4, 5, 7, 8, 9)},
     }
 )
 """Module of each command inside this package; it has ``main(argv) -> exit code``."""
