@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of one call.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -31,7 +32,6 @@ from torch_prunepath.evaluation.make_sparse import (
 )
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import METHOD
-from torch_prunepath.layer.sparse import RoutingHook
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import Noted, SparsityRecord, set_tau
 
@@ -97,7 +97,7 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         self._noted: list[Noted] = []
         if measure:
             for name, layer in sparse_layers(self._model).items():
-                layer.register_routing_hook(self._note(name, layer))
+                layer.register_routing_hook(functools.partial(self._note, name, layer))
         self._scored: _Scored | None = None
         self._tokens = 0
         self._compiler = compiler
@@ -164,11 +164,8 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         if self._record is not None:
             self._record = SparsityRecord()
 
-    def _note(self, name: str, layer: RoutedExperts) -> RoutingHook:
-        def hook(routing: Routing) -> None:
-            self._noted.append(Noted.of(name, layer, routing.mask_TE))
-
-        return hook
+    def _note(self, name: str, layer: RoutedExperts, routing: Routing) -> None:
+        self._noted.append(Noted.of(name, layer, routing.mask_TE))
 
     def _take(self) -> list[Noted]:
         """What was noted since the last time, in the order of the calls."""
