@@ -18,6 +18,7 @@ from torch_prunepath.train.loop import train
 from torch_prunepath.train.schedule import all_experts
 
 _DENSE_LOSSES = {"task", "distill_logits"}
+"""Names of the losses that need neither routers nor experts."""
 
 
 def train_dense(

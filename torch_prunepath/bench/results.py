@@ -19,6 +19,7 @@ from torch_prunepath.console.output import RESULTS, is_output_of, output_folder,
 from torch_prunepath.console.plot import new_figure
 
 PLOT = "speedup.png"
+"""Name of the plot's file in the output folder."""
 
 
 def begin(command: str, options: BenchOptions, command_line: str, bandwidth: float) -> dict[str, Any]:

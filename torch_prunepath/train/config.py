@@ -20,7 +20,7 @@ ROUTER_LOSSES = ("entropy", "load_balance", "lte_separation", "contribution_fit"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How :func:`torch_prunepath.train.train` trains a model.
+    """The settings with which :func:`torch_prunepath.train.train` trains a model.
 
     Attributes:
         steps: optimiser steps; leave None and give ``epochs`` instead for passes over the batches.

@@ -24,7 +24,7 @@ LOGIT_RANGE = (-60.0, 16.0)
 1. Both ends are guesses."""
 
 MEMORY = 64
-"""How many observations are kept. At the default rate of 0.3, the next older one would weigh 0.7^64, about 1e-10."""
+"""Number of observations that are kept. At the default rate of 0.3, the next older one would weigh 0.7^64, or 1e-10."""
 
 NEAR = 1.5
 """Standard deviation, in logit(sparsity), of the weight that falls with an observation's distance from the target. The

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 19
-"""How many logits are widened to float32 at a time where there is no kernel, so that they stay in a CPU's caches. Of
-the sizes tried it was close to the fastest (docs/log.md, "everything distilled, few labels, and what a teacher costs").
-"""
+"""Number of logits that are widened to float32 at a time where there is no kernel: few enough for a CPU's caches. It
+was close to the fastest size tried (docs/log.md, "everything distilled, few labels, and what a teacher costs")."""
 
 
 def weighted_mean(values_T: Tensor, weight_T: Tensor | None) -> Tensor:

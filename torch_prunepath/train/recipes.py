@@ -111,7 +111,7 @@ EXPERTS: Mapping[str, SparsifyConfig] = MappingProxyType(
         ),
     }
 )
-"""How a dense model is made sparse for each recipe, by the recipe's name."""
+"""Settings with which a dense model is made sparse for each recipe, by the recipe's name."""
 
 RECIPES: Mapping[str, Callable[..., TrainConfig]] = MappingProxyType({"paper": paper, "ours": ours, "held": held})
 """The recipes of ``prunepath train`` by name."""

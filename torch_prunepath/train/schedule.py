@@ -1,4 +1,4 @@
-"""How sparse each step of a training run is: phases, and a pure function from phases, seed and step to an aim."""
+"""The sparsity of each step of a training run: phases, and a pure function from phases, seed and step to an aim."""
 
 from __future__ import annotations
 
