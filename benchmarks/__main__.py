@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "initialisation": "analyses.initialisation",
         "ablations": "analyses.ablations",
         "taus": "analyses.taus",
+        **{f"figure{number}": f"presets.figure{number}" for number in (2, 3, 4, 5, 7, 8, 9)},
         "quality": "quality",
         "partition": "partition",
         "kernels": "kernels",
@@ -33,14 +34,9 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "training": "training",
         "distillation": "distillation",
         "pictures": "pictures",
-        **{f"figure{number}": f"presets.figure{number}" for number in (2, 3, 4, 5, 7, 8, 9)},
     }
 )
 """Module of each command inside this package; it has ``main(argv) -> exit code``."""
-
-
-THERE = tuple(name for name, module in COMMANDS.items() if _file_of(module).is_file())
-"""Names of the commands whose modules are in this checkout."""
 
 
 def summary(module: str) -> str:
@@ -53,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code, 2 if there is no such command."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, THERE))
-        print("\n".join([str(__doc__), *(f"  {name:{width}}  {summary(COMMANDS[name])}" for name in THERE)]))
+        width = max(map(len, COMMANDS))
+        print("\n".join([str(__doc__), *(f"  {name:{width}}  {summary(COMMANDS[name])}" for name in COMMANDS)]))
         return 0
     name, *rest = argv
-    if name not in THERE:
-        print(f"error: there is no benchmark {name!r}: choose from {', '.join(THERE)}", file=sys.stderr)
+    if name not in COMMANDS:
+        print(f"error: there is no benchmark {name!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     found: int = importlib.import_module(f"benchmarks.{COMMANDS[name]}").main(rest)
     return found

@@ -310,6 +310,10 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 def test_options_named_in_the_text_exist(path: Path) -> None:
     known = {option for parser in parsers(cli._parser()) for option in parser._option_string_actions}
     known |= set(eval_parser()._option_string_actions)
+    if path.name == "reproducing.md":
+        from benchmarks.presets import command, figure3
+
+        known |= set(command.parser(figure3.PRESET)._option_string_actions)
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for span in SPAN.findall(text):
         words = span.replace("\\|", " ").replace("[", " ").replace("]", " ").split()
@@ -430,14 +434,17 @@ def test_the_readme_s_untrained_perplexities_are_recorded() -> None:
 
 @pytest.mark.parametrize(("start", "method"), [("routed", "held"), ("the best static", "static-wanda")])
 def test_the_readme_s_trained_perplexities_are_recorded(start: str, method: str) -> None:
-    runs = [run for run in record("adaptation-h200")["runs"] if run["run"]["settings"] == {"distill_logits": 1.0}]
+    kept = record("adaptation-h200")["runs"]
+    runs = [run for run in kept if run["run"]["settings"] == {"distill_logits": 1.0}]
+    # The dense model at its best: it learns more from the text alone than with a teacher.
+    dense = [row for run in kept if run["run"]["method"] == "dense" for row in run["rows"] if row["text"] == "books"]
 
-    def mean_of(method: str, share: float | None) -> str:
+    def mean_of(method: str, share: float) -> str:
         asked = [run for run in runs if (run["run"]["method"], run["run"]["sparsity"]) == (method, share)]
         values = [row["perplexity"] for run in asked for row in run["rows"] if row["text"] == "books"]
         return f"{sum(values) / len(values):.1f}" if values else ""
 
-    wanted = [mean_of("dense", None), *(mean_of(method, share) for share in (0.3, 0.5, 0.8))]
+    wanted = [f"{min(row['perplexity'] for row in dense):.1f}", *(mean_of(method, share) for share in (0.3, 0.5, 0.8))]
     assert readme_row(f"trained for that sparsity: {start}") == wanted
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,14 @@ class Shape:
         train: file to train on; None if only the dev file is at hand, three fifths of which are trained on then.
         dev: file with the held-out rows.
         f1: F1 of label 1 is reported as well.
+        matthews: Matthews' correlation of two labels is reported as well.
     """
 
     texts: tuple[str, ...]
     train: str | None
     dev: str
     f1: bool = False
+    matthews: bool = False
 
 
 GLUE: Mapping[str, Shape] = MappingProxyType(
@@ -153,6 +156,14 @@ def f1(predicted: Sequence[int], labels: Sequence[int]) -> float:
     return 2 * both / total if total else 0.0
 
 
+def matthews(predicted: Sequence[int], labels: Sequence[int]) -> float:
+    """Matthews' correlation of labels 0 and 1, in [-1, 1]; 0 if either is the same for all rows."""
+    pairs = list(zip(predicted, labels, strict=True))
+    right = sum(p == y == 1 for p, y in pairs) * len(pairs) - sum(predicted) * sum(labels)
+    spread = math.prod(sum(values) * (len(pairs) - sum(values)) for values in (predicted, labels))
+    return right / math.sqrt(spread) if spread else 0.0
+
+
 # --- the task ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,12 +171,13 @@ class GlueTask:
     """One GLUE task.
 
     Args:
-        name: in :data:`GLUE`.
+        name: in :data:`GLUE`, unless ``shape`` is given.
         folder: of the data.
         model: folder of an encoder and its tokenizer.
         batch: rows a training batch.
         length: tokens a row, at most.
         device: where to run.
+        shape: where the data are; None: as :data:`GLUE` says.
 
     Raises:
         UserError: if data or model cannot be had.
@@ -175,10 +187,12 @@ class GlueTask:
     accumulation, step_tokens, calibration_tokens = 1, None, CALIBRATION_TOKENS
     packages: tuple[str, ...] = ()
 
-    def __init__(self, name: str, folder: Path, model: str, *, batch: int, length: int, device: str) -> None:
+    def __init__(
+        self, name: str, folder: Path, model: str, *, batch: int, length: int, device: str, shape: Shape | None = None
+    ) -> None:
         self.name, self.batch, self.length, self.device = name, batch, length, device
         self.place, self.model, self.weights = model, Path(model).name, digest_of_model(Path(model))
-        self.shape = GLUE[name]
+        self.shape = GLUE[name] if shape is None else shape
         parts = rows_of(self.shape, folder)
         self.about = {"data": digest([parts, length], 16), "batch": batch}
         self.labels = len({row["label"] for part in parts for row in part})
@@ -242,6 +256,8 @@ class GlueTask:
         }
         if self.shape.f1:
             found["f1"] = f1(predicted, labels)
+        if self.shape.matthews:
+            found["matthews"] = matthews(predicted, labels)
         return {**found, "sparsity": record.sparsity}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.__main__ import THERE, main
+from benchmarks.__main__ import COMMANDS, main
 from benchmarks.harness import METHODS
 from benchmarks.harness.store import records_of
 from torch_prunepath.console.errors import UserError
@@ -181,12 +181,12 @@ def test_a_report_is_on_runs_of_its_own_task(capsys: pytest.CaptureFixture[str])
 def test_every_command_is_listed_with_a_line_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in THERE:
+    for name in COMMANDS:
         (line,) = [line.split(maxsplit=1) for line in lines if line.split()[:1] == [name]]
         assert len(line) == 2 and line[1][0].isupper()
 
 
-@pytest.mark.parametrize("name", [name for name in THERE if name != "kernels"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "kernels"])
 def test_every_command_says_what_it_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
