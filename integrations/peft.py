@@ -1,6 +1,6 @@
-"""PrunePath as a method of PEFT: an adapter holds routers and permutations, and the base model stays what it is.
+"""PrunePath as a method of PEFT: an adapter holds routers and permutations, and the base model does not change.
 
-Importing this module registers the method; peft must know it before it reads a saved adapter.
+Importing this module registers the method with peft, which is needed before peft reads a saved adapter.
 
 import torch_prunepath.integrations.peft
 from torch_prunepath.integrations.peft import PrunePathConfig
@@ -32,14 +32,14 @@ __all__ = ["PrunePathConfig", "PrunePathModel"]
 
 
 class _OwnConfigs(dict[str, PeftConfig]):
-    """The configs of one PrunePathModel; another method that would write its own among them is told where to go."""
+    """The configs of one PrunePathModel by adapter name; configs of another method are refused with a remedy."""
 
     def __setitem__(self, name: str, config: PeftConfig) -> None:
         self._check(config)
         super().__setitem__(name, config)
 
     def update(self, configs: Any) -> None:  # type: ignore[override]
-        """Add several."""
+        """Add several configs."""
         for name, config in dict(configs).items():
             self[name] = config
 
@@ -47,8 +47,8 @@ class _OwnConfigs(dict[str, PeftConfig]):
     def _check(config: PeftConfig) -> None:
         if not isinstance(config, PrunePathConfig):
             raise ValueError(
-                f"a {type(config).__name__} does not go around a model with PrunePath adapters: put both on the same "
-                "base, get_peft_model(model.get_base_model(), config), and both are active"
+                f"a {type(config).__name__} cannot be added to a model with PrunePath adapters: put it on the same "
+                "base with get_peft_model(model.get_base_model(), config); then both are active"
             )
 
 
@@ -56,13 +56,13 @@ class PrunePathModel(BaseTuner):
     """The PrunePath adapters of one base model, which ``PeftModel`` holds as ``base_model``.
 
     Args:
-        model: the base model: dense, and no ``PeftModel``.
-        peft_config: of the first adapter.
-        adapter_name: its name.
-        **kwargs: as :class:`peft.tuners.tuners_utils.BaseTuner`.
+        model: the base model, which is dense and no ``PeftModel``.
+        peft_config: config of the first adapter.
+        adapter_name: name of the first adapter.
+        **kwargs: further arguments of :class:`peft.tuners.tuners_utils.BaseTuner`.
 
     Raises:
-        ValueError: if the base model cannot take the adapter. It is as it was.
+        ValueError: if the base model cannot take the adapter. The base model is then as it was.
     """
 
     # peft skips modules whose name holds it when it deletes adapters: no layer's name may.
@@ -87,7 +87,7 @@ class PrunePathModel(BaseTuner):
         self._step = 0
 
     def layers(self) -> list[PrunePathLayer]:
-        """Where the adapters are, in module order."""
+        """Return the layers that hold the adapters, in module order."""
         return list(layers_of(self.model).values())
 
     def inject_adapter(
@@ -101,7 +101,7 @@ class PrunePathModel(BaseTuner):
         """Put the adapter whose config is under this name onto the base model.
 
         Raises:
-            ValueError: if that is not possible. The base model is as it was.
+            ValueError: if the adapter cannot be made or does not fit the base model, which is then as it was.
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, PrunePathConfig)
@@ -122,7 +122,7 @@ class PrunePathModel(BaseTuner):
         raise TypeError("PrunePath adapters go to the FFNs that find_ffns() finds, not to modules of choice")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output; while it trains, with the loss of the routers added to its own."""
+        """Compute the model's output. While the model trains, the loss of the routers is added to its loss."""
         weight = self._router_loss()
         if not weight:
             return self.model(*args, **kwargs)
@@ -140,7 +140,7 @@ class PrunePathModel(BaseTuner):
         return output
 
     def _router_loss(self) -> float:
-        """The weight of the routers' loss in this call; 0 where no router is being trained."""
+        """Return the weight of the routers' loss in this call; it is 0 when no router is trained."""
         layers = self.layers() if self.training and torch.is_grad_enabled() and self.active_adapters else []
         if not layers or layers[0].disable_adapters or not layers[0].router.weight.requires_grad:
             return 0.0
@@ -149,27 +149,33 @@ class PrunePathModel(BaseTuner):
         return config.router_loss
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Switch to an adapter: its routers, permutation and tau.
+        """Switch to an adapter, with its routers, permutation and tau.
 
         Raises:
-            ValueError: if several are asked for at once.
+            ValueError: if several adapters are asked for at once.
         """
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
-            raise ValueError(f"one PrunePath adapter can be active at a time, not {', '.join(adapter_name)}")
+            raise ValueError(
+                f"only one PrunePath adapter can be active at a time, not {', '.join(adapter_name)}: name one"
+            )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; with the last one, the base model is a dense model again."""
+        """Delete an adapter. Without any adapter, the base model is a dense model again."""
         super().delete_adapter(adapter_name)
         if not self.peft_config:
             for layer in self.layers():
                 layer.remove()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
-        """Not possible in place: see :meth:`merge_and_unload`."""
+        """Refuse to merge in place; :meth:`merge_and_unload` merges.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
-            "a PrunePath adapter is not merged in place: model.merge_and_unload() gives a sparse model, whose neurons "
-            "are in expert order"
+            "a PrunePath adapter cannot be merged in place: call model.merge_and_unload(), which returns a sparse "
+            "model with neurons in expert order"
         )
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # peft declares None, and returns the model

@@ -1,4 +1,4 @@
-"""Making PrunePath adapters: from data, on a base model that stays dense; or empty, for saved weights to fill."""
+"""Making PrunePath adapters on a base model: new ones from data, or empty ones for saved weights."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.views import sparse_layers
 
 SAMPLE = 64
-"""How many weights of the base model an adapter remembers, to know it again: few enough for a configuration file."""
+"""Number of the base model's weights that an adapter keeps to recognise the model: few enough for a configuration file.
+A guess."""
 
 SAME_MODEL = 0.7
-"""How far apart two samples of one model may be, relative to the longer one. Unrelated ones are about 1.4 apart;
-fine-tuning moves weights by a few percent. Halfway between, not measured."""
+"""Largest distance between two samples of one model, relative to the longer one. The distance of unrelated samples is
+about 1.4, and fine-tuning changes weights by a few percent. This is halfway between; chosen without measurement."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """An adapter, not yet on its base model.
+    """An adapter that is not yet on its base model.
 
     Attributes:
-        manifest: what the adapter is.
-        parts: each FFN in the base model, and what the adapter holds for it.
-        sample: some of the base model's weights, see :func:`sample_of`.
+        manifest: description of the adapter's layers.
+        parts: each FFN of the base model, and the adapter's state for it.
+        sample: some of the base model's weights, by :func:`sample_of`.
     """
 
     manifest: Manifest
@@ -46,7 +47,7 @@ class Made:
 
 
 def layers_of(root: nn.Module) -> dict[str, PrunePathLayer]:
-    """The PrunePath layers on a base model, by qualified name."""
+    """Return the PrunePath layers on a base model, by qualified name."""
     return {name: module for name, module in root.named_modules() if isinstance(module, PrunePathLayer)}
 
 
@@ -80,7 +81,7 @@ def check_base(root: nn.Module) -> None:
 
 @contextlib.contextmanager
 def bare(root: nn.Module) -> Iterator[None]:
-    """Take every adapter off the base model, and put them back where they were afterwards."""
+    """Remove every adapter from the base model while the context is open, then put them back."""
     ours = list(layers_of(root).values())
     wrapped = [
         (parent, name, child)
@@ -103,13 +104,18 @@ def bare(root: nn.Module) -> Iterator[None]:
 
 
 def make(root: nn.Module, config: SparsifyConfig, tau: float, calibration: Any, tokenizer: Any, progress: bool) -> Made:
-    """Group neurons and fit routers as :func:`torch_prunepath.sparsify` does; the base model stays as it is.
+    """Make a new adapter: group neurons and fit routers as :func:`torch_prunepath.sparsify` does.
+
+    The base model is afterwards as it was.
 
     Raises:
-        ValueError: as :func:`torch_prunepath.sparsify`; or if parameters made here get no data.
+        ValueError: if :func:`torch_prunepath.sparsify` refuses the model, config or data, or if peft's
+            ``low_cpu_mem_usage`` puts new parameters on the meta device.
     """
     if _parameters_get_no_data():
-        raise ValueError("low_cpu_mem_usage=True leaves a new adapter without weights: use it to load one only")
+        raise ValueError(
+            "low_cpu_mem_usage=True leaves a new adapter without weights: leave it out, and use it only to load one"
+        )
     with bare(root):
         sparsify(root, tau, config=config, calibration=calibration, tokenizer=tokenizer, progress=progress)
         try:
@@ -125,23 +131,23 @@ def make(root: nn.Module, config: SparsifyConfig, tau: float, calibration: Any, 
 
 
 def _parameters_get_no_data() -> bool:
-    """Whether peft has every new parameter made on the meta device."""
+    """Whether peft currently puts every new parameter on the meta device."""
     probe = nn.Module()
     probe.register_parameter("weight", nn.Parameter(torch.zeros(1)))
     return bool(probe.weight.is_meta)
 
 
 def remake(root: nn.Module, manifest: Manifest, sample: list[float], source: str | None) -> Made:
-    """An adapter without weights, as saved ones need it.
+    """Make an adapter without weights, into which saved weights can be loaded.
 
     Args:
         root: the base model.
-        manifest: what the saved adapter is.
-        sample: some weights of the base model that it was made for.
-        source: that model's name, for messages.
+        manifest: description of the saved adapter's layers.
+        sample: some weights of the base model for which the adapter was made.
+        source: name of that model, for messages.
 
     Raises:
-        ValueError: if this is another model.
+        ValueError: if the base model is not the one for which the adapter was made.
     """
     theirs = f"the adapter was made for {source or 'another model'}"
     with bare(root):
@@ -180,7 +186,7 @@ def _empty(view: FFNView, layer: LayerManifest) -> AdapterState:
 
 
 def sample_of(view: FFNView) -> list[float]:
-    """Some of the FFN's weights, evenly spread; empty where the model has no data yet."""
+    """Choose some of the FFN's weights, evenly spread; return an empty list if the model has no data yet."""
     down_FD = view.down_FD.detach()
     if down_FD.is_meta:
         return []
@@ -190,7 +196,7 @@ def sample_of(view: FFNView) -> list[float]:
 
 
 def resembles(mine: list[float], theirs: list[float]) -> bool:
-    """Whether two samples are of one model, allowing for other dtypes and for fine-tuning. An empty one is not held."""
+    """Whether two samples can be of one model, in other dtypes or fine-tuned; True if one is empty."""
     if not mine or not theirs:
         return True
     size = max(math.hypot(*mine), math.hypot(*theirs))
@@ -201,13 +207,16 @@ def attach_parts(root: nn.Module, made: Made, adapter_name: str) -> list[PrunePa
     """Put an adapter onto the base model.
 
     Raises:
-        ValueError: if it covers other FFNs than the adapters that are there. Nothing was changed then.
+        ValueError: if it covers other FFNs than the adapters that are there. Nothing is changed then.
     """
     there = layers_of(root)
     sites = {site_of(spec): (spec, state) for spec, state in made.parts}
     if there and there.keys() != sites.keys():
         odd = sorted(there.keys() ^ sites.keys())[0]
-        raise ValueError(f"the adapters on one base must cover the same FFNs, but {odd!r} is only in one of them")
+        raise ValueError(
+            f"the adapters on one base model must cover the same FFNs, but {odd!r} is only in one of them: make the "
+            "new adapter on the same base model, or unload() the others first"
+        )
     found = []
     for site, (spec, state) in sites.items():
         layer = there.get(site) or PrunePathLayer(root.get_submodule(spec.name), spec)

@@ -1,4 +1,4 @@
-"""What a PrunePath adapter is: its configuration, and the name that PEFT knows the method by."""
+"""The configuration of a PrunePath adapter, and the name of the method in PEFT."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch_prunepath.layer.manifest import Manifest
 
 
 class _Type(str):
-    """A member that peft's closed enumeration of methods lacks."""
+    """A name of a method that acts like a member of peft's enumeration of methods, which cannot be extended."""
 
     @property
     def value(self) -> str:
-        """The name that ``adapter_config.json`` has."""
+        """Name of the method in ``adapter_config.json``."""
         return str.__str__(self)
 
     def __str__(self) -> str:
@@ -26,8 +26,10 @@ class _Type(str):
 
 
 PRUNEPATH = _Type("PRUNEPATH")
+"""The method's name in PEFT."""
+
 _AT_RUN_TIME = ("calibration", "tokenizer", "progress")
-"""Fields that are no part of a saved adapter."""
+"""Names of the fields that are not saved with an adapter."""
 
 _SPARSIFY = tuple(f.name for f in dataclasses.fields(SparsifyConfig))
 _HINTS = get_type_hints(SparsifyConfig)
@@ -39,19 +41,19 @@ _Settings = dataclasses.make_dataclass(
 
 @dataclass
 class PrunePathConfig(_Settings, PeftConfig):  # type: ignore[misc, valid-type]
-    """What a PrunePath adapter is. It has every field of :class:`torch_prunepath.SparsifyConfig`, and these.
+    """The configuration of a PrunePath adapter: every field of :class:`torch_prunepath.SparsifyConfig`, and these.
 
     Attributes:
-        tau: router mass that the active experts must reach, in (0, 1]; the adapter's own can be changed with
-            :func:`torch_prunepath.set_tau` and :func:`torch_prunepath.set_sparsity`, and is saved with it.
-        router_loss: weight of the loss that fits routers to what their experts contribute (``contribution_fit``); it is
+        tau: router mass that the active experts must reach, in (0, 1]. :func:`torch_prunepath.set_tau` and
+            :func:`torch_prunepath.set_sparsity` change that of the adapter, which is saved with it.
+        router_loss: weight of the loss that fits routers to what their experts contribute (``contribution_fit``). It is
             added to the loss that the model returns while it trains. With ``gate="one"`` nothing else trains routers.
-        calibration: data for a new adapter, as :func:`torch_prunepath.sparsify` takes it. Neither it nor the two next
-            fields are saved.
-        tokenizer: for texts.
+        calibration: data for a new adapter, as :func:`torch_prunepath.sparsify` takes it. It is not saved, and neither
+            are ``tokenizer`` and ``progress``.
+        tokenizer: tokenizer for texts.
         progress: show progress bars.
-        manifest: what was made; filled in by ``get_peft_model``.
-        base_sample: some weights of the base model, by which it is known again; filled in by ``get_peft_model``.
+        manifest: description of the adapter's layers; ``get_peft_model`` fills it in.
+        base_sample: some weights of the base model, by which it is recognised; ``get_peft_model`` fills them in.
 
     Raises:
         ValueError: if a value is not allowed, or a saved adapter is damaged or of a newer format.
@@ -76,10 +78,10 @@ class PrunePathConfig(_Settings, PeftConfig):  # type: ignore[misc, valid-type]
             Manifest.from_dict(self.manifest)
 
     def sparsify_config(self) -> SparsifyConfig:
-        """The fields that say how experts and routers are built."""
+        """Return the fields that say how experts and routers are built."""
         return SparsifyConfig(**{name: getattr(self, name) for name in _SPARSIFY})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: what ``adapter_config.json`` holds."""
+        """Return the content of ``adapter_config.json``, JSON-ready."""
         saved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _AT_RUN_TIME}
         return copy.deepcopy(saved)

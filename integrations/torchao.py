@@ -1,4 +1,4 @@
-"""torchao's weight-only quantisation of a model that is sparse already."""
+"""Weight-only quantisation by torchao for models that are sparse already."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 
 
 class QuantizedLinear(nn.Module):
-    """A projection that a sparse FFN calls as a whole; on its weight torchao computes."""
+    """A quantised projection that a sparse FFN calls as a whole; torchao computes its product."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -26,22 +26,22 @@ class QuantizedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in] -> [..., out]``."""
+        """Compute ``x W^T + b``, ``[..., in] -> [..., out]``."""
         return nnf.linear(x, self.weight, self.bias)
 
 
 def quantize_(model: nn.Module, config: Any, *, experts: bool = False) -> None:
     """Quantise the linear layers of a sparse model in place, with :func:`torchao.quantization.quantize_`.
 
-    Routers stay as they are: experts are chosen as before. What comes out is for this process: transformers cannot save
-    it, so save the sparse model first.
+    Routers are not quantised, so they choose experts as before. transformers cannot save the result: save the sparse
+    model first, and quantise it again in each process.
 
     Args:
         model: a sparse model.
-        config: torchao's, such as ``Int8WeightOnlyConfig()``.
-        experts: quantise the projections of sparse FFNs, too. They are then computed as a whole and inactive neurons
-            dropped, which saves memory and no time; without it they stay as they are, and fast. FFNs whose layers the
-            model calls apart (BERT, OPT) stay as they are in any case.
+        config: a config of torchao, such as ``Int8WeightOnlyConfig()``.
+        experts: quantise the projections of sparse FFNs, too. These then compute all neurons and drop the inactive
+            ones, which saves memory but no time. Without it, the projections stay as they are, and fast. FFNs whose
+            layers the model calls one by one (BERT, OPT) are never quantised.
 
     Raises:
         ValueError: if the model holds no sparse FFN.

@@ -1,4 +1,4 @@
-"""The model card of a sparse model: what it is, how it is loaded, and a table of how sparse each layer is."""
+"""Model cards of sparse models: what the model is, how it is loaded, and a table of each layer's sparsity."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import SparsityRecord
 
 CARD = "README.md"
+"""Name of the file in which the hub expects a model card."""
 
 
 def model_card(
@@ -22,13 +23,13 @@ def model_card(
     record: SparsityRecord | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> str:
-    """A model card in the hub's format: Markdown, with metadata at the top.
+    """Write a model card in the hub's format, which is Markdown with metadata at the top, and return its text.
 
     Args:
         model: a sparse model.
-        base_model: name on the hub of the dense model that it was made from.
-        record: what :func:`torch_prunepath.record_sparsity` found; the table then tells each layer's sparsity.
-        measured: further results, by what they are called.
+        base_model: name on the hub of the dense model from which it was made.
+        record: a record of :func:`torch_prunepath.record_sparsity`; with it the table has each layer's sparsity.
+        measured: further results by name.
 
     Raises:
         ValueError: if the model holds no sparse FFN.
@@ -60,7 +61,7 @@ def model_card(
 
 
 def write_card(model: nn.Module, directory: str | Path, **facts: Any) -> bool:
-    """Write :func:`model_card` as ``README.md``, unless there is one already; whether it was written."""
+    """Write the :func:`model_card` to ``README.md`` unless the directory has one; return whether it was written."""
     text = model_card(model, **facts)
     try:
         with (Path(directory) / CARD).open("x", encoding="utf-8") as file:
@@ -71,7 +72,7 @@ def write_card(model: nn.Module, directory: str | Path, **facts: Any) -> bool:
 
 
 def hub_name(model: str) -> str | None:
-    """What a card can call the model that a command was given: its name on the hub, or None for files."""
+    """Return the name on the hub of a model that was given to a command, or None if it is a file or folder."""
     return None if Path(model).exists() else model
 
 

@@ -1,4 +1,4 @@
-"""Reading sparse checkpoints. Writing one is ``model.save_pretrained(directory)``."""
+"""Reading sparse checkpoints; ``model.save_pretrained(directory)`` writes them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch_prunepath.layer.manifest import METHOD, Manifest
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of a checkpoint directory, from its ``config.json``; no weights are read.
+    """Read the manifest of a checkpoint directory from its ``config.json``; no weights are read.
 
     Raises:
-        ValueError: if the directory is no sparse checkpoint, is damaged, or is of a newer format.
+        ValueError: if the directory is no sparse checkpoint, is damaged, or has a newer format.
     """
     return Manifest.from_dict(_read_quantization_config(directory))
 
@@ -38,14 +38,14 @@ def _read_quantization_config(directory: str | Path) -> dict[str, Any]:
 
 
 def load(directory: str | Path, **kwargs: Any) -> Any:
-    """Load a sparse model with the class that it was saved from.
+    """Load a sparse model, with the class from which it was saved.
 
     Args:
-        directory: what ``save_pretrained`` wrote.
-        **kwargs: passed on to ``from_pretrained``, for instance ``dtype`` or ``device_map``.
+        directory: a directory that ``save_pretrained`` wrote.
+        **kwargs: further arguments of ``from_pretrained``, for instance ``dtype`` or ``device_map``.
 
     Raises:
-        ValueError: if the directory is no sparse checkpoint, a part of it is missing or damaged, or it is of a newer
+        ValueError: if the directory is no sparse checkpoint, a part of it is missing or damaged, or it has a newer
             format.
     """
     import transformers
@@ -73,10 +73,10 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
-    """What a checkpoint directory holds, JSON-ready: config, and for each layer its FFN, experts, tau and budget.
+    """Read what a checkpoint directory holds: the config, and each layer's FFN, experts, tau and budget; JSON-ready.
 
     Raises:
-        ValueError: as :func:`read_manifest`.
+        ValueError: if the directory is no sparse checkpoint, is damaged, or has a newer format.
     """
     data = _read_quantization_config(directory)
     manifest = Manifest.from_dict(data)

@@ -1,4 +1,4 @@
-"""What a sparse model is: frozen values, validated where they are built, with a versioned dict round trip."""
+"""Frozen values that describe a sparse model; they are validated where they are built."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 2
-"""Format of the manifest in a checkpoint's config.json. 1 wrote out every layer; 2 writes once what layers share."""
+"""Format of the manifest in a checkpoint's config.json. Format 1 wrote every layer in full; format 2 writes what layers
+share only once."""
 
 Rule = Literal["reach", "below"]
 Gate = Literal["one", "sigmoid"]
@@ -25,7 +26,7 @@ def check_tau(tau: float) -> float:
     """Return ``tau`` as a float.
 
     Raises:
-        ValueError: if it is not in (0, 1].
+        ValueError: if tau is not in (0, 1].
     """
     tau = float(tau)
     if not 0.0 < tau <= 1.0:
@@ -37,11 +38,11 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
     """Return ``sparsity``, the inactive share of neurons, as a float.
 
     Args:
-        sparsity: what was asked for.
-        name: what the caller calls it: a parameter, a command's option, or words.
+        sparsity: the sparsity that was asked for.
+        name: its name for the message: a parameter, a command's option, or words.
 
     Raises:
-        ValueError: if it is not in [0, 1).
+        ValueError: if sparsity is not in [0, 1).
     """
     sparsity = float(sparsity)
     if not 0.0 <= sparsity < 1.0:
@@ -52,12 +53,13 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
 
 @dataclass(frozen=True)
 class FFNSpec:
-    """Where one feed-forward network sits in a model, and what it computes.
+    """The place of one feed-forward network in a model, and the formula that it computes.
 
-    ``down(act(gate(x)) * up(x))`` if gated, ``down(act(up(x)))`` if not. Module names are relative to ``name``.
+    A gated one computes ``down(act(gate(x)) * up(x))``, a plain one ``down(act(up(x)))``. Module names are relative to
+    ``name``.
 
     Attributes:
-        name: qualified name of the owner, a module that holds every part.
+        name: qualified name of the owner, the module that holds every part.
         split: False if the owner's ``forward(x)`` is exactly this FFN (dropouts apart), so that the owner itself is
             made sparse; True if the owner does more, so that ``up`` and ``down`` are made sparse one by one.
         up: the linear layer ``[D] -> [F]`` (fc1 of a plain FFN), or ``[D] -> [2F]`` if ``fused``.
@@ -67,8 +69,8 @@ class FFNSpec:
         activation: key of :data:`torch_prunepath.activations.ACTIVATIONS`.
         hidden_dropout: dropout applied to ``down``'s input, if any (only named where ``split`` is False).
         output_dropout: dropout applied to ``down``'s output, if any (only named where ``split`` is False).
-        hidden_size: D.
-        ffn_size: F, neurons.
+        hidden_size: the size of the FFN's input and output, D.
+        ffn_size: the number of neurons, F.
     """
 
     name: str
@@ -104,14 +106,14 @@ class FFNSpec:
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """How :func:`torch_prunepath.sparsify` builds experts and routers.
+    """The settings with which :func:`torch_prunepath.sparsify` builds experts and routers.
 
     Attributes:
         expert_size: S, neurons an expert. The last expert is smaller where F is no multiple of S.
         partition: how neurons are grouped (see :mod:`torch_prunepath.experts.partition`).
         router: how routers start (see :mod:`torch_prunepath.layer.router`).
-        router_norm: whether a router reads each token divided by its root mean square, so that how large a token is
-            does not decide how sure the router is of it. Nothing is learnt for it.
+        router_norm: whether a router reads each token divided by its root mean square, so that the size of a token does
+            not decide how sure the router is. Nothing is learnt for it.
         shared_experts: the first k experts of each layer, always active and with gate 1; the router chooses among the
             others (DeepSeekMoE, arXiv 2401.06066). They hold the neurons that contribute most on calibration data.
             Below 1 it is a share of each layer's experts, rounded: 0.05 of 192 is 10.
@@ -119,10 +121,10 @@ class SparsifyConfig:
             below tau, and the top expert (the rule of the PrunePath authors' released code).
         gate: weight of an active expert's output: ``"one"``, or ``"sigmoid"`` of its score (arXiv 2605.28283).
         gate_offset: constant added to every score inside the sigmoid gate, which softmax would not see.
-        budget: ``"uniform"``: one tau for all layers; ``"sensitivity"``: each layer's tau follows from the model's by
-            how well the layer bears to lose mass, measured on the calibration data (see
+        budget: ``"uniform"``: one tau for all layers; ``"sensitivity"``: each layer's tau is computed from the model's
+            by how much it costs the layer to lose mass, measured on the calibration data (see
             :mod:`torch_prunepath.experts.budget`).
-        calibration_tokens: tokens taken from the calibration data, at most.
+        calibration_tokens: largest number of tokens taken from the calibration data.
         seed: seed of everything random in the conversion.
     """
 
@@ -159,17 +161,17 @@ class SparsifyConfig:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any choice needs calibration data."""
+        """Whether any of the choices needs calibration data."""
         choices = self.partition == "coactivation", self.router == "fitted", self.budget == "sensitivity"
         return any(choices) or self.shared_experts > 0
 
     def num_shared(self, ffn_size: int) -> int:
-        """Shared experts of a layer with so many neurons."""
+        """Return the number of shared experts of a layer with ``ffn_size`` neurons."""
         if isinstance(self.shared_experts, int):
             return self.shared_experts
         return round(self.shared_experts * num_experts(ffn_size, self.expert_size))
 
 
 def num_experts(ffn_size: int, expert_size: int) -> int:
-    """E = ceil(F / S)."""
+    """Return the number of experts, ceil(F / S)."""
     return -(-ffn_size // expert_size)

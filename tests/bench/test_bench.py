@@ -18,7 +18,7 @@ from torch_prunepath import SparsifyConfig, register_routing_hook, set_tau, spar
 from torch_prunepath.bench import build, check, modes, profile, prompts, results
 from torch_prunepath.bench.decoder import Decoder, Prefill, logits_of, read_prompt
 from torch_prunepath.bench.geometry import GEOMETRIES, Geometry
-from torch_prunepath.bench.layers import Layer, Usage, random_layer
+from torch_prunepath.bench.layers import TimedFFN, Usage, random_layer
 from torch_prunepath.bench.model_traffic import reach, rounding_noise, traffic, usage, weight_bytes
 from torch_prunepath.bench.options import DEFAULT_MODES, DEFAULT_SPARSE_MODES, MODES, FFNOptions
 from torch_prunepath.bench.sources import layers_wanted
@@ -35,13 +35,13 @@ from torch_prunepath.select import mask_from_scores
 CPU = torch.device("cpu")
 SPARSE = SparsifyConfig(expert_size=8, partition="contiguous", router="centroid", budget="uniform")
 ROW_KEYS = {"geometry", "device", "dtype", "batch", "sparsity", "dense_us", "sparse_us", "speedup", "floor_speedup"}
-ROW_KEYS |= {"kappa", "peak_bytes", "realised_sparsity", "expert_size", "tokens", "phase", "gate_error"}
+ROW_KEYS |= {"kappa", "peak_bytes", "realised_sparsity", "expert_size", "tokens", "phase", "check_error"}
 ROW_KEYS |= {"dense_bandwidth_share", "sparse_bandwidth_share", "dense_min_us", "sparse_iqr_us"}
 GATED = Geometry("gated", "llama", 24, 70, 2, 2, 1, 64, True, 64)
 PLAIN = Geometry("plain", "gpt2", 24, 70, 2, 2, 2, 64, True, 64)
 
 
-def layer_of(geometry: Geometry, gate_name: str = "one", dtype: torch.dtype = torch.float32, seed: int = 0) -> Layer:
+def layer_of(geometry: Geometry, gate_name: str = "one", dtype: torch.dtype = torch.float32, seed: int = 0) -> TimedFFN:
     return random_layer(geometry, dtype, CPU, expert_size=8, gate=gate_name, seed=seed)
 
 
@@ -162,7 +162,7 @@ def test_layers_exceed_the_cache_at_the_highest_sparsity(layers: int | None, mon
 # --- sparsity ---------------------------------------------------------------------------------------------------------
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------
+# --- the check --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -178,7 +178,7 @@ def test_the_gate_lets_right_results_pass(geometry: Geometry, gate_name: str, dt
 
 
 @pytest.mark.parametrize("how", [{"router_norm": True}, {"shared": 3}, {"router_norm": True, "shared": 1}], ids=str)
-def test_the_gate_knows_what_a_router_reads_and_what_it_does_not_choose(how: dict[str, Any]) -> None:
+def test_the_check_knows_what_a_router_reads_and_what_it_does_not_choose(how: dict[str, Any]) -> None:
     plain, x_TD = layer_of(GATED, "sigmoid"), inputs(20)
     x_TD *= torch.logspace(-1, 1, len(x_TD)).unsqueeze(1)
     layer = dataclasses.replace(plain, **how)
@@ -192,14 +192,14 @@ def test_the_gate_knows_what_a_router_reads_and_what_it_does_not_choose(how: dic
             check.check_layer(plain, x_TD, dense_TD, sparse_TD, "FFN")
 
 
-def test_the_gates_reference_is_the_librarys() -> None:
+def test_the_checks_reference_is_the_librarys() -> None:
     model = tiny_llama().double()
     from torch_prunepath.discover import find_ffns
 
     view = FFNView(model, find_ffns(model)[0])
     x_TD = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     router_ED = torch.randn(8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    layer = Layer(
+    layer = TimedFFN(
         up_FD=view.up_FD,
         up_bias_F=None,
         gate_FD=view.gate_FD,
@@ -224,7 +224,7 @@ def test_the_gates_reference_is_the_librarys() -> None:
     torch.testing.assert_close(found_TD, expected_TD, rtol=1e-10, atol=1e-12)
 
 
-def _drop_an_expert(layer: Layer, x_TD: torch.Tensor) -> torch.Tensor:
+def _drop_an_expert(layer: TimedFFN, x_TD: torch.Tensor) -> torch.Tensor:
     mask_TE = layer.mask(x_TD)
     first = int(mask_TE[0].nonzero()[0])
     rows = slice(first * 8, first * 8 + 8)
@@ -245,14 +245,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
-def test_the_gate_stops_wrong_results(wrong) -> None:  # type: ignore[no-untyped-def]
+def test_the_check_stops_wrong_results(wrong) -> None:  # type: ignore[no-untyped-def]
     layer, x_TD = layer_of(GATED), inputs(100)
     layer.set_sparsity(x_TD, 0.7)
     with pytest.raises(check.WrongResult, match="sparse FFN is wrong, so no time is reported"):
         check.check_layer(layer, x_TD, layer.dense(x_TD, "linear"), wrong(layer, x_TD), "FFN")
 
 
-def test_the_gate_stops_a_wrong_dense_result() -> None:
+def test_the_check_stops_a_wrong_dense_result() -> None:
     layer, x_TD = layer_of(GATED), inputs(3)
     with pytest.raises(check.WrongResult, match="dense FFN is wrong"):
         check.check_layer(layer, x_TD, torch.zeros_like(x_TD), layer.sparse(x_TD), "FFN")
@@ -500,8 +500,8 @@ def test_decode(run, tiny: Path, tiny_sparse: Path) -> None:
     assert shown == [(*work, s) for work in works for s in (0.0, 0.5)] * 2
     assert [row["expert_size"] for row in found["rows"]] == [16] * 6 + [8] * 6
     for row in found["rows"]:
-        assert row.keys() >= ROW_KEYS | {"dense_tokens_per_s", "sparse_tokens_per_s", "gate_bound", "dense_modes_us"}
-        assert row["gate_error"] <= row["gate_bound"] <= 1e-3
+        assert row.keys() >= ROW_KEYS | {"dense_tokens_per_s", "sparse_tokens_per_s", "check_bound", "dense_modes_us"}
+        assert row["check_error"] <= row["check_bound"] <= 1e-3
         assert row["realised_sparsity"] == pytest.approx(row["sparsity"], abs=row["expert_size"] / 64)
     assert len(found["skipped"]) == 2 and "4096" in found["skipped"][0]
     assert [(p["prompt"], p["prompt_tokens"]) for p in found["prompts"]] == [(0, 8), (1, 8)] * 2
@@ -597,7 +597,7 @@ def test_a_sparse_model_that_is_not_dense_at_tau_1_yields_no_times(
     refused(run("decode", "--geometry", tiny, "--sparsity", 0.5, *EAGER), 1, "at sparsity 0", "no time is reported")
 
 
-def test_nan_never_passes_the_gate_of_whole_models() -> None:
+def test_nan_never_passes_the_check_of_whole_models() -> None:
     with pytest.raises(check.WrongResult):
         check.require(math.nan, 0.5, "it")
     model = tiny_llama()

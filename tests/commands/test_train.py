@@ -263,7 +263,7 @@ def test_an_unfinished_run_goes_on_to_the_same_result(
     assert [path.name for path in Path("out.training").iterdir()] == ["step-6"]
     refused(run(tiny, "-o", "out", *flags), "holds an unfinished run", "--resume")
     refused(run(tiny, "-o", "out", *flags, "--resume", "--seed", 5), "other data")
-    refused(run(tiny, "-o", "out", *flags, "--resume", "--bf16"), "of another run, with autocast=False")
+    refused(run(tiny, "-o", "out", *flags, "--resume", "--bf16"), "belongs to another run, with autocast=False")
     code, again, _ = run(tiny, "-o", "out", *flags, "--resume")
     assert code == 0
     same_results(whole, again)

@@ -83,7 +83,7 @@ def test_windows_do_not_overlap_and_spread_over_the_text() -> None:
 
 
 def test_windows_of_too_short_a_text() -> None:
-    with pytest.raises(UserError, match="held-out text is too short: 9 tokens of at least 10"):
+    with pytest.raises(UserError, match="held-out text is too short: it has 9 tokens, and at least 10 are needed"):
         windows("123456789", byte_tokenizer(), context=10, count=1, part="held-out text")
 
 

@@ -1,9 +1,9 @@
-"""Other methods, on the same harness: what ours is compared with.
+"""Other methods with which ours is compared, on the same training loop, data and count of sparsity.
 
-Routed methods (``moefication``, ``lte``, ``d2dmoe``) become sparse layers whose tau, records and training are ours;
-``prune`` and ``train_dense`` are the static ones; ``cats`` and ``teal`` need no training and zero single activations.
-They are there for comparison: what they add to a model is in no checkpoint, and
-``save_pretrained`` of routed ones refuses. PrunePath as its authors' released code trains it is no baseline but a
+Routed methods (``moefication``, ``lte``, ``d2dmoe``) give a model sparse layers whose tau, records and training are
+ours. ``prune`` and ``train_dense`` are static methods. ``cats`` and ``teal`` need no training and set single
+activations to 0. All are for comparison only: what they add to a model is not saved in checkpoints, and
+``save_pretrained`` of a routed one refuses. PrunePath as its authors' released code trains it is no baseline but a
 recipe: ``recipes.EXPERTS["paper"]`` and ``recipes.paper()``.
 """
 

@@ -18,6 +18,7 @@ from torch_prunepath.train.loop import train
 from torch_prunepath.train.schedule import all_experts
 
 _DENSE_LOSSES = {"task", "distill_logits"}
+"""Names of the losses that need neither routers nor experts."""
 
 
 def train_dense(
@@ -25,16 +26,17 @@ def train_dense(
 ) -> list[dict[str, float]]:
     """Train a dense model in place, as :func:`torch_prunepath.train.train` trains a sparse one.
 
-    While it runs, each FFN is one expert that is always active. ``config.phases`` is not looked at.
+    While it runs, each FFN is one expert that is always active. ``config.phases`` is ignored.
 
     Args:
         model: a dense model whose FFNs :func:`torch_prunepath.find_ffns` finds.
-        batches: as for ``train``.
-        config: as for ``train``; losses on routers or experts are refused.
+        batches: the batches, as for ``train``.
+        config: the settings, as for ``train``; losses on routers or experts are refused.
         **options: ``teacher``, ``compile``, ``progress`` and ``callback`` of ``train``.
 
     Raises:
-        ValueError: as ``train`` and ``sparsify``.
+        ValueError: if a loss other than the task's and ``distill_logits`` has a weight, ``config.train`` is
+            ``"routers"``, a state is given, or ``train`` or ``sparsify`` refuses the model, batches or config.
     """
     foreign = [name for name in config.losses if name not in _DENSE_LOSSES]
     if foreign:
@@ -42,14 +44,14 @@ def train_dense(
     if config.train != "all":
         raise ValueError("train='routers' leaves nothing to train in a dense model: choose train='all'")
     if "state" in options:
-        raise ValueError("a state cannot outlive a dense run: leave state= out")
+        raise ValueError("the training of a dense model cannot be resumed from a state: leave state= out")
     with one_expert_each(model):
         return train(model, batches, dataclasses.replace(config, phases=(all_experts(),)), **options)
 
 
 @contextlib.contextmanager
 def one_expert_each(model: nn.Module) -> Iterator[None]:
-    """Inside the context each FFN of a dense model is a sparse layer with one expert, which is always active."""
+    """Turn each FFN of a dense model into a sparse layer with one expert, always active, while the context is open."""
     widest = max(spec.ffn_size for spec in find_ffns(model))
     config = SparsifyConfig(expert_size=widest, partition="contiguous", router="zero", budget="uniform")
     sparsify(model, tau=1.0, config=config, progress=False)

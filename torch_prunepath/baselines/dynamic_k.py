@@ -1,8 +1,9 @@
-"""D2DMoE (Szatkowski et al., arXiv 2310.04361): routers predict the norm of what each expert would put out.
+"""D2DMoE (Szatkowski et al., arXiv 2310.04361): routers predict the norm of each expert's output.
 
-A token gets the experts whose predicted norm comes near its largest one, or (the other rule of the released code) the
-largest until they hold a share of the sum. The method's first stage, which makes a dense model's activations sparser,
-is :func:`torch_prunepath.baselines.enforce_sparsity`. Its conversion of attention projections is left out.
+A token activates the experts whose predicted norm is near the token's largest one. By the other rule of the released
+code, it activates the experts with the largest norms, until they make up a share of the sum. The method's first stage,
+which makes a dense model's activations sparser, is :func:`torch_prunepath.baselines.enforce_sparsity`. Its conversion
+of attention projections is left out.
 
 Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
 """
@@ -41,26 +42,27 @@ def d2dmoe(
     seed: int = 0,
     progress: bool = True,
 ) -> RoutedBaseline:
-    """Apply D2DMoE to a dense model, in place. Routers are frozen. For comparison: no checkpoint holds them.
+    """Apply D2DMoE to a dense model, in place, with frozen routers. Checkpoints do not hold it.
 
-    Experts are balanced k-means clusters of gate (or else up) rows. Each router is ``D -> width -> E`` with a ReLU
-    inside and the absolute value of its output, fitted by mean squared error (Adam) to the L2 norms of the experts'
-    outputs, the down-projection's bias left out.
+    Experts are balanced k-means clusters of gate rows, or of up rows where there is no gate. Each router is
+    ``D -> width -> E`` with a ReLU inside, and its output is the absolute value. It is fitted by mean squared error
+    (Adam) to the L2 norms of the experts' outputs without the down-projection's bias.
 
     Args:
         model: a dense model.
-        calibration: what routers are fitted on, as for :func:`torch_prunepath.sparsify`; with None a causal language
-            model samples its own text.
-        tokenizer: for texts.
-        rule: ``"max"``: norms of at least ``1 - tau`` times the largest (the paper's rule; its own tau is ``1 - tau``);
-            ``"cumulative"``: the largest, until they hold the share tau of their sum.
-        expert_size: S.
-        width: of the routers.
-        tau: in (0, 1]; 1 activates every expert.
-        tokens: of calibration data used, at most.
-        epochs: passes over them.
+        calibration: data to which routers are fitted, as for :func:`torch_prunepath.sparsify`; with None a causal
+            language model samples its own text.
+        tokenizer: tokenizer for texts.
+        rule: experts to activate. ``"max"``: those with a norm of at least ``1 - tau`` times the largest (the paper's
+            rule, whose own tau is ``1 - tau``); ``"cumulative"``: those with the largest norms, until they make up the
+            share tau of the sum.
+        expert_size: neurons of an expert, S.
+        width: width inside the routers.
+        tau: share in (0, 1]; 1 activates every expert.
+        tokens: largest number of calibration tokens that are used.
+        epochs: passes over the calibration tokens.
         lr: learning rate of the routers.
-        seed: of clustering, sampled text and routers.
+        seed: seed of clustering, sampled text and routers.
         progress: show progress bars.
 
     Raises:
@@ -87,6 +89,6 @@ def _build(
 
 
 def expert_norms(h_NF: Tensor, down_FD: Tensor, expert_size: int) -> Tensor:
-    """L2 norm of each expert's output, ``[N, F], [F, D] -> [N, E]`` float32."""
+    """Compute the L2 norm of each expert's output, ``[N, F], [F, D] -> [N, E]`` float32."""
     parts = zip(h_NF.split(expert_size, dim=1), down_FD.split(expert_size), strict=True)
     return torch.stack([(h.float() @ down.float()).norm(dim=-1) for h, down in parts], dim=-1)

@@ -1,7 +1,7 @@
 """The first stage of D2DMoE (arXiv 2310.04361): fine-tuning a dense model towards sparser activations.
 
-Adds the mean square Hoyer norm, ``(sum |a|)^2 / sum a^2`` of each token's activations, to the objective: the number of
-neurons that do something, were they all equal.
+The square Hoyer norm of each token's activations, ``(sum |a|)^2 / sum a^2``, is added to the objective as a mean over
+tokens. If all activations that are not 0 had the same size, it would be their number.
 
 Shapes: T tokens, F neurons.
 """
@@ -29,7 +29,10 @@ Target = Literal["activations", "preactivations"]
 
 
 def square_hoyer(values_TF: Tensor) -> Tensor:
-    """``(sum |v|)^2 / sum v^2`` of each row, float32 ``[T]``: from 1 (one value) to F (all alike); 0 for zeros."""
+    """Compute ``(sum |v|)^2 / sum v^2`` of each row, float32 ``[T]``.
+
+    It goes from 1 (one value is not 0) to F (all have the same size); a row of zeros has 0.
+    """
     values_TF = values_TF.float()
     return values_TF.abs().sum(-1).square() / (values_TF.square().sum(-1) + 1e-15)
 
@@ -50,20 +53,21 @@ def enforce_sparsity(
 
     Args:
         model: a dense model.
-        batches: as for :func:`torch_prunepath.train.train`.
-        config: as for :func:`torch_prunepath.baselines.train_dense`.
-        weight: of the penalty, a mean over tokens that are no padding, then over FFNs.
-        on: ``"activations"``: what the gate's (or a plain FFN's) activation function puts out, for ReLU;
-            ``"preactivations"``: what it receives, as far as it lies above ``displacement``, for functions that are
-            smooth, as in the released code. None chooses by the activation function.
-        displacement: see ``on``.
-        **options: as for ``train_dense``; the penalty is added by hooks, which are not compiled.
+        batches: the batches, as for :func:`torch_prunepath.train.train`.
+        config: the settings, as for :func:`torch_prunepath.baselines.train_dense`.
+        weight: weight of the penalty, which is a mean over tokens that are not padding, then over FFNs.
+        on: values whose norm is made small. ``"activations"``: the output of the gate's (or a plain FFN's) activation
+            function, for ReLU; ``"preactivations"``: the part of its input above ``displacement``, for smooth
+            functions, as in the released code. None chooses by the activation function.
+        displacement: lower end of the inputs that count with ``on="preactivations"``.
+        **options: further arguments of ``train_dense``, except ``compile``: the penalty is added by hooks, which are
+            not compiled.
 
     Returns:
         The records of ``train``, with the penalty as ``hoyer``.
 
     Raises:
-        ValueError: as ``train_dense``; or if the weight is negative.
+        ValueError: if the weight is negative, ``compile`` is given, or as ``train_dense``.
     """
     if on is not None:
         check_choice("on", on, Target)
@@ -81,7 +85,7 @@ def enforce_sparsity(
 
 
 class _Penalty:
-    """Adds the gradient of a mean over FFNs, one FFN at a time as they run."""
+    """A penalty that is a mean over FFNs; its gradient is added in each FFN as that runs."""
 
     def __init__(self, layers: int, weight: float, on: Target | None, displacement: float) -> None:
         self.layers, self.weight, self.on, self.displacement = layers, weight, on, displacement
@@ -101,7 +105,7 @@ class _Penalty:
             yield
 
     def means(self, accumulation: int) -> list[float]:
-        """The penalty of each step, unweighted."""
+        """Return the penalty of each step, unweighted."""
         if not self._batches:
             return []
         return torch.stack(self._batches).view(-1, accumulation).mean(-1).tolist()
@@ -140,7 +144,7 @@ def _gate_half(view: FFNView, output: Tensor) -> Tensor:
 
 
 class _WithTerm(torch.autograd.Function):
-    """Passes a tensor on; in the backward pass, a scalar term receives the gradient of a sum with the loss."""
+    """A function that returns its input unchanged; its backward pass acts as if a term were added to the loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:  # type: ignore[override]

@@ -1,7 +1,7 @@
-"""Static structured pruning: the same neurons are left out for every token, and leave the model.
+"""Static structured pruning: the same neurons are removed for every token.
 
-What remains is an ordinary dense model with narrower FFNs, which trains (see
-:func:`torch_prunepath.baselines.train_dense`) and, where its config can say the new width, saves and loads as usual.
+The result is an ordinary dense model with narrower FFNs. It can be trained (see
+:func:`torch_prunepath.baselines.train_dense`). Where its config can hold the new width, it saves and loads as usual.
 
 Shapes: N calibration tokens, D hidden size, F neurons.
 """
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 Score = Literal["norm", "rms", "wanda"]
 
 _POWER_AND_ORDER: Mapping[Score, tuple[int, int]] = MappingProxyType({"norm": (1, 2), "rms": (2, 2), "wanda": (2, 1)})
-"""Of the mean over a neuron's activations, and of the norm of its weights."""
+"""For each score, the power in the mean over a neuron's activations, and the order of the norm of its weights."""
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What :func:`prune` did.
+    """The result of :func:`prune`.
 
     Attributes:
         kept: the neurons that each FFN kept, int64 on the CPU, ascending, by FFN name.
         sparsity: share of neurons removed, averaged over FFNs.
-        storable: whether the model's config says the new widths, so that ``save_pretrained`` and ``from_pretrained``
+        storable: whether the model's config holds the new widths, so that ``save_pretrained`` and ``from_pretrained``
             work; None for a model without a config.
     """
 
@@ -63,21 +63,22 @@ def prune(
 ) -> Pruned:
     """Remove the same share of neurons from every FFN of a dense model, those with the lowest scores, in place.
 
-    The narrower layers have new parameters: build optimisers afterwards. Until it is done, the old ones are kept as
-    well, so that a failure leaves the model as it was.
+    The narrower layers have new parameters, so build optimisers afterwards. If the function fails, the model is as it
+    was; for that, it needs memory for the old parameters until it is done.
 
     Args:
         model: a dense model.
         sparsity: share of each FFN's neurons to remove, in [0, 1); at least one neuron stays.
-        calibration: what scores are measured on, as for :func:`torch_prunepath.sparsify`; with None a causal language
-            model samples its own text.
-        tokenizer: for texts.
-        score: ``"norm"``: mean norm of what a neuron adds to the output, ``mean_t |h_tf| * |down_f|``; ``"rms"``: the
-            root of its mean square, which minds rare large contributions more; ``"wanda"``: Wanda's scores
-            (arXiv 2306.11695) of the down-projection, ``|W_df| * norm_t(h_tf)``, summed over each neuron's weights, as
-            the structured variant in FLAP's code (arXiv 2312.11983) does.
-        tokens: of calibration data used, at most.
-        seed: of sampled text.
+        calibration: data on which scores are measured, as for :func:`torch_prunepath.sparsify`; with None a causal
+            language model samples its own text.
+        tokenizer: tokenizer for texts.
+        score: importance of a neuron. ``"norm"``: mean norm of the vector that the neuron adds to the output,
+            ``mean_t |h_tf| * |down_f|``; ``"rms"``: root of the mean square of that norm, in which rare large
+            contributions count more; ``"wanda"``: Wanda's scores (arXiv 2306.11695) of the down-projection,
+            ``|W_df| * norm_t(h_tf)``, summed over the neuron's weights, as the structured variant in FLAP's code
+            (arXiv 2312.11983) does.
+        tokens: largest number of calibration tokens that are used.
+        seed: seed of sampled text.
         progress: show progress bars.
 
     Raises:
@@ -94,8 +95,8 @@ def prune(
     storable = _remove(model, views, kept)
     if storable is False:
         logger.warning(
-            "the config of %s cannot say how wide its FFNs are now: the model works and trains, but from_pretrained "
-            "will not load what save_pretrained writes",
+            "the config of %s has no field for the new width of its FFNs: the model works and trains, but "
+            "from_pretrained will not load what save_pretrained writes",
             type(model).__name__,
         )
     shares = [1 - len(kept[view.site]) / view.spec.ffn_size for view in views]
@@ -105,7 +106,7 @@ def prune(
 def neuron_scores(
     model: nn.Module, views: list[FFNView], inputs: Inputs, score: Score, *, progress: bool = True
 ) -> dict[str, Tensor]:
-    """Importance of each neuron, float64 ``[F]`` on the CPU, by FFN name; see :func:`prune`."""
+    """Compute the importance of each neuron as :func:`prune` defines it, float64 ``[F]`` on the CPU, by FFN name."""
     scores: dict[str, Tensor] = {}
     with tqdm(total=len(views), desc="scoring neurons", unit="layer", disable=not progress) as bar:
 
@@ -122,8 +123,10 @@ def neuron_scores(
 
 
 def _remove(model: nn.Module, views: list[FFNView], kept: dict[str, Tensor]) -> bool | None:
-    """Take the neurons out of every FFN, then tell the config; undoes everything if it cannot finish."""
-    layers = [_Layer(module) for view in views for module in (view.up, view.gate, view.down) if module is not None]
+    """Keep only these neurons of every FFN and write the new widths into the config; undo everything on an error."""
+    layers = [
+        _ResizableLinear(module) for view in views for module in (view.up, view.gate, view.down) if module is not None
+    ]
     try:
         for view in views:
             _narrow(view, kept[view.site])
@@ -139,12 +142,12 @@ def _narrow(view: FFNView, kept_K: Tensor) -> None:
     rows = kept_K if view.spec.fused is None else torch.cat([kept_K, kept_K + view.spec.ffn_size])
     for module, index in ((view.up, rows), (view.gate, kept_K)):
         if module is not None:
-            _Layer(module).keep(index, 0)
-    _Layer(view.down).keep(kept_K, 1)
+            _ResizableLinear(module).keep(index, 0)
+    _ResizableLinear(view.down).keep(kept_K, 1)
 
 
-class _Layer:
-    """A linear layer as it is now, which may be given other weights."""
+class _ResizableLinear:
+    """A linear layer that can be given weights of other sizes; it remembers those that it has now."""
 
     def __init__(self, module: Any) -> None:
         # Whether a Conv1D is one shows only while its sizes agree with its weight.
@@ -153,7 +156,7 @@ class _Layer:
         self.bias: nn.Parameter | None = bias_of(module)  # type: ignore[assignment]
 
     def keep(self, index: Tensor, dim: int) -> None:
-        """Keep these output (``dim`` 0) or input (1) features."""
+        """Keep only these output features (``dim`` 0) or input features (``dim`` 1)."""
         bias = self.bias
         if bias is not None and dim == 0:
             bias = _like(bias, bias.detach()[index])

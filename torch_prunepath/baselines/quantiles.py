@@ -1,4 +1,4 @@
-"""Thresholds under which a given share of measured magnitudes lies."""
+"""Quantiles: thresholds under which a given share of measured magnitudes lies."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 POINTS = 2048
-"""Intervals of equal share that a distribution is kept as, at most."""
+"""Largest number of intervals of equal share in the table of a distribution. A guess."""
 VALUES = 1 << 22
-"""Magnitudes that are sorted, at most: an even sample of more."""
+"""Largest number of magnitudes that are sorted; of more, an even sample is taken. A guess."""
 
 
 class Quantiles:
-    """The distribution of magnitudes, kept as a table.
+    """A distribution of magnitudes as a table of quantiles.
 
     Args:
-        values: any shape, not empty; their absolute values count.
+        values: values of any shape, not empty; their absolute values count.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -29,7 +29,7 @@ class Quantiles:
         self.table: list[float] = flat.sort().values[places.to(flat.device)].tolist()
 
     def threshold(self, share: float) -> float:
-        """The magnitude under which this share of the values lies, in [0, 1]; 0 for none, infinity for all."""
+        """Return the magnitude under which this share of the values lies: 0 for the share 0, infinity for 1."""
         if share <= 0.0:
             return 0.0
         if share >= 1.0:

@@ -1,4 +1,4 @@
-"""Routers of other methods, in float32 like our own whatever their weights are stored in, and how they are fitted.
+"""Routers of other methods, and their fitting. Like ours they compute in float32, in any dtype of their weights.
 
 Shapes: N calibration tokens, D hidden size, H width inside a router, E experts.
 """
@@ -19,26 +19,26 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"tanh
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of norm 1, float32; a row of zeros stays one."""
+    """Scale each row to norm 1, in float32; a row of zeros stays as it is."""
     return nnf.normalize(x.float(), dim=-1)
 
 
 class UnitRouter(Router):
-    """A linear router that sees each token at norm 1."""
+    """A linear router that reads each token scaled to norm 1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., E]``."""
+        """Compute the scores, ``[..., D] -> [..., E]``."""
         return super().forward(unit(x))
 
 
 class MLPRouter(Router):
-    """Two linear layers; this module is the second, so that optimisers find ``weight`` and ``bias`` as they do ours.
+    """A router of two linear layers. The module itself is the second, so that it has ``weight`` and ``bias`` as ours.
 
     Attributes:
         inner: the first layer, ``D -> H``.
-        activation: between them, ``"tanh"`` or ``"relu"``.
-        unit_input: see each token at norm 1.
-        magnitude: answer absolute values.
+        activation: activation function between the layers, ``"tanh"`` or ``"relu"``.
+        unit_input: whether the router reads each token scaled to norm 1.
+        magnitude: whether the scores are absolute values.
     """
 
     inner: Router
@@ -50,7 +50,7 @@ class MLPRouter(Router):
     def stack(
         cls, inner: Router, outer: Router, activation: str, *, unit_input: bool = False, magnitude: bool = False
     ) -> MLPRouter:
-        """A router of these two layers, which it takes over."""
+        """Make a router of two layers, which must not be used elsewhere afterwards."""
         router = cls.of(outer.weight.detach(), None if outer.bias is None else outer.bias.detach())
         assert isinstance(router, MLPRouter)
         router.inner, router.activation = inner, activation
@@ -58,13 +58,13 @@ class MLPRouter(Router):
         return router
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., E]``."""
+        """Compute the scores, ``[..., D] -> [..., E]``."""
         scores = super().forward(_ACTIVATIONS[self.activation](self.inner(unit(x) if self.unit_input else x)))
         return scores.abs() if self.magnitude else scores
 
 
 def linear(inputs: int, outputs: int, *, bias: bool, device: torch.device, generator: torch.Generator) -> Router:
-    """A float32 router with the weights that ``nn.Linear`` starts with, the same for the same generator."""
+    """Make a float32 router with random weights as ``nn.Linear`` has them, drawn from the generator on the CPU."""
     bound = inputs**-0.5
 
     def draw(*shape: int) -> Tensor:
@@ -88,19 +88,22 @@ def fit(
     """Train a router alone, with Adam.
 
     Args:
-        router: float32, trained in place.
-        x_ND: what it sees.
-        labels_NE: what its outputs are compared with.
-        loss: ``(outputs, labels) -> 0-d``, of one batch of tokens.
+        router: the router in float32, trained in place.
+        x_ND: inputs of the router.
+        labels_NE: labels with which its outputs are compared.
+        loss: ``(outputs, labels) -> 0-d``, the loss of one batch of tokens.
         lr: learning rate.
         epochs: passes over the tokens.
         batch: tokens a step.
         seed: seed of the order.
-        quality: ``(outputs, labels) -> 0-d``, larger is better; then the last tenth of the tokens is held out, and the
-            router of the best epoch is returned. Else that of the last.
+        quality: ``(outputs, labels) -> 0-d``, larger is better. If it is given, the last tenth of the tokens is held
+            out to measure it.
+
+    Returns:
+        The router of the epoch with the best quality; without ``quality``, that of the last epoch.
     """
-    held = len(x_ND) // 10 if quality is not None else 0
-    kept = len(x_ND) - held
+    held_out = len(x_ND) // 10 if quality is not None else 0
+    kept = len(x_ND) - held_out
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(router.parameters(), lr=lr)
     best, best_quality = router, -torch.inf
@@ -111,7 +114,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             term.backward()
             optimizer.step()
-        if quality is not None and held:
+        if quality is not None and held_out:
             with torch.no_grad():
                 now = float(quality(router(x_ND[kept:]), labels_NE[kept:]))
             if now > best_quality:

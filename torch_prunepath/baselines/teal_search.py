@@ -1,4 +1,4 @@
-"""TEAL's allocation (arXiv 2408.14690): how much of each matrix's input to leave out, within one FFN.
+"""TEAL's allocation (arXiv 2408.14690): the share of each matrix's input to leave out, within one FFN.
 
 Shapes: N calibration tokens, D hidden size, F neurons.
 """
@@ -17,25 +17,25 @@ from torch_prunepath.baselines.quantiles import Quantiles
 from torch_prunepath.layer.ffn import FFNView
 
 STEP = 0.05
-"""How much sparser one matrix becomes in a step, if matrices are of one size."""
+"""Share by which one matrix becomes sparser in a step, if all matrices have one size. Chosen without measurement."""
 TOKENS = 256
-"""Tokens that the search looks at, at most."""
+"""Largest number of tokens on which the search measures errors. Chosen without measurement."""
 
 
 @dataclass(frozen=True)
 class Path:
-    """Shares of each matrix on the way from dense to all left out.
+    """Shares of each matrix's input that are left out, on the way from none to all.
 
     Attributes:
-        totals: the FFN's share at each point, ascending from 0 to 1.
-        shares: each matrix's at the same points.
+        totals: share of the whole FFN at each point, ascending from 0 to 1.
+        shares: share of each matrix at the same points.
     """
 
     totals: list[float]
     shares: dict[str, list[float]]
 
     def share_of(self, matrix: str, total: float) -> float:
-        """A matrix's share where the FFN's is ``total``, between points on a straight line."""
+        """Return a matrix's share where the FFN's is ``total``, by linear interpolation between the points."""
         i = next(i for i, at in enumerate(self.totals) if at >= total)
         if i == 0:
             return self.shares[matrix][0]
@@ -45,27 +45,28 @@ class Path:
 
 
 def matrices(view: FFNView) -> dict[str, nn.Module]:
-    """The FFN's matrices by role; a fused one is ``up``."""
+    """Return the modules of the FFN's matrices by role; if gate and up are fused, they are ``up``."""
     named = {"gate": view.gate, "up": view.up, "down": view.down}
     return {name: module for name, module in named.items() if module is not None}
 
 
 def uniform_path(view: FFNView, x_ND: Tensor, found: Mapping[str, Quantiles], sizes: Mapping[str, int]) -> Path:
-    """The same share for every matrix."""
+    """Return the path on which every matrix has the same share."""
     return Path([0.0, 1.0], {name: [0.0, 1.0] for name in found})
 
 
 @torch.no_grad()
 def greedy_path(view: FFNView, x_ND: Tensor, found: Mapping[str, Quantiles], sizes: Mapping[str, int]) -> Path:
-    """Step by step, leave out more of the input of the matrix where the FFN's output changes least.
+    """Search a path in steps. Each leaves out more of one matrix's input, where the FFN's output changes least.
 
-    Steps are as many weights for every matrix. The error is the mean over tokens of the change's L2 norm.
+    A step leaves out the same number of weights in any matrix. The error is the mean over tokens of the L2 norm of the
+    change of the output.
 
     Args:
         view: a dense FFN.
-        x_ND: what enters it.
+        x_ND: inputs of the FFN.
         found: distribution of each matrix's inputs.
-        sizes: weights of each matrix.
+        sizes: number of weights of each matrix.
     """
     x_ND = x_ND[:: -(-len(x_ND) // TOKENS)]
     whole = sum(sizes.values())
@@ -88,12 +89,12 @@ def greedy_path(view: FFNView, x_ND: Tensor, found: Mapping[str, Quantiles], siz
 
 
 def _step(share: float, step: float) -> float:
-    """One step further; a last one that would leave a crumb goes to the end."""
+    """Increase the share by a step; if less than half a step would then be left, go to 1."""
     return 1.0 if share + 1.5 * step > 1.0 else share + step
 
 
 def _output(view: FFNView, x_ND: Tensor, limits: Mapping[str, float]) -> Tensor:
-    """The FFN without biases of its down-projection, entries of matrix inputs at or under their limits left out."""
+    """Compute the FFN without the bias of its down-projection, leaving out matrix inputs at or under their limits."""
 
     def project(matrix: str, rows_FD: Tensor, bias_F: Tensor | None) -> Tensor:
         bias_F = None if bias_F is None else bias_F.to(x_ND.dtype)

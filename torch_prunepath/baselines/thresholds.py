@@ -1,15 +1,15 @@
-"""Training-free thresholds on single activations: a reference for what could be left out neuron by neuron.
+"""Training-free thresholds on single activations: they show how much could be left out neuron by neuron.
 
-``cats``: CATS (Lee et al., arXiv 2404.08763): in each FFN, neurons whose gate activation is small are left out.
+``cats`` is CATS (Lee et al., arXiv 2404.08763): in each FFN, neurons whose gate activation is small are left out.
 Sparsity counts neurons, as everywhere in this library.
 
-``teal``: TEAL (Liu et al., arXiv 2408.14690): small entries of each matrix's input are left out, of gate and up as of
-down. Sparsity counts matrix inputs, weighed by the matrices' sizes, and so is another number: an input entry of gate or
-up is a column of it, not a neuron. TEAL's attention matrices are left alone here, and every token is thresholded, not
-the latter half of a prompt alone.
+``teal`` is TEAL (Liu et al., arXiv 2408.14690): small entries of each matrix's input are left out, for gate, up and
+down. Sparsity counts matrix inputs, weighed by the matrices' sizes. It is not comparable with the sparsity of neurons,
+as an input of gate or up is a column of the matrix, not a neuron. Unlike in the paper, attention matrices are left
+alone, and the thresholds apply to every token, not only to the second half of a prompt.
 
-Both work by forward hooks on the dense model, which stays as it is. They are in no checkpoint, and code that was
-compiled before does not know them.
+Both work by forward hooks on the dense model, whose weights stay as they are. Checkpoints do not hold them, and code
+that was compiled before does not run them.
 
 Shapes: N calibration tokens, D hidden size, F neurons.
 """
@@ -39,14 +39,24 @@ Allocation = Literal["greedy", "uniform"]
 
 
 class ThresholdRecord:
-    """What was left out while it was open. Reading it synchronises with the device once; counting never does."""
+    """Counts of what was left out while the record was open.
+
+    Reading them synchronises with the device once; counting never does.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], tuple[Tensor, Tensor, int]] = {}
         self._tracker: PaddingTracker | None = None
 
     def count(self, ffn: str, matrix: str, inactive: Tensor, weight: int) -> None:
-        """Add one call: bool ``[..., entries]``, and what an entry weighs within its FFN."""
+        """Count one call.
+
+        Args:
+            ffn: name of the FFN.
+            matrix: name of the matrix.
+            inactive: entries that are left out, bool ``[..., entries]``.
+            weight: weight of the matrix within its FFN.
+        """
         flat = inactive.reshape(-1, inactive.shape[-1])
         keep = self._tracker.keep(inactive.shape[:-1]) if self._tracker is not None else None
         real_T = flat.new_ones(len(flat), dtype=torch.float64) if keep is None else keep.double()
@@ -56,12 +66,12 @@ class ThresholdRecord:
 
     @property
     def per_matrix(self) -> dict[tuple[str, str], float]:
-        """Share of what was left out, by FFN and matrix, averaged over the tokens that it saw."""
+        """Share of the entries that were left out, averaged over tokens, by FFN and matrix."""
         return {key: float(out) / max(float(seen), 1.0) for key, (out, seen, _) in self._counts.items()}
 
     @property
     def per_layer(self) -> dict[str, float]:
-        """The same by FFN: matrices weighed by their sizes."""
+        """Share of the entries that were left out, by FFN, with matrices weighed by their sizes."""
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
         for (ffn, matrix), share in self.per_matrix.items():
@@ -72,7 +82,7 @@ class ThresholdRecord:
 
     @property
     def sparsity(self) -> float:
-        """The mean over FFNs: of neurons for ``cats``, of matrix inputs for ``teal``.
+        """Share that was left out, averaged over FFNs: of neurons for ``cats``, of matrix inputs for ``teal``.
 
         Raises:
             ValueError: if no token ran through the model.
@@ -84,7 +94,7 @@ class ThresholdRecord:
 
 
 class _Site:
-    """One hook: which FFN and matrix, its threshold on the device, and who counts."""
+    """A hook on one matrix of one FFN, with its threshold on the device."""
 
     def __init__(self, owner: Thresholding, view: FFNView, matrix: str, weight: int) -> None:
         self.owner, self.view, self.matrix, self.weight = owner, view, matrix, weight
@@ -97,7 +107,7 @@ class _Site:
 
 
 class _GateSite(_Site):
-    """CATS, after the gate (or a plain FFN's up): a pre-activation of 0 makes a neuron's contribution 0."""
+    """The hook of CATS, after the gate (or a plain FFN's up): a pre-activation of 0 makes a neuron's contribution 0."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         fused = self.view.spec.fused
@@ -109,7 +119,7 @@ class _GateSite(_Site):
 
 
 class _InputSite(_Site):
-    """TEAL, before a matrix."""
+    """The hook of TEAL, before a matrix."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]
@@ -117,11 +127,11 @@ class _InputSite(_Site):
 
 
 class Thresholding:
-    """Thresholds on a dense model; made by :func:`cats` and :func:`teal`.
+    """The thresholds on a dense model; made by :func:`cats` and :func:`teal`.
 
     Attributes:
-        model: the model.
-        unit: what sparsity counts: ``"neurons"`` or ``"matrix inputs"``.
+        model: the dense model.
+        unit: unit that sparsity counts, ``"neurons"`` or ``"matrix inputs"``.
         recording: the open record, if any.
     """
 
@@ -133,10 +143,10 @@ class Thresholding:
         self._handles: list[Any] = []
 
     def set_sparsity(self, share: float) -> None:
-        """Set every threshold so that this share falls under it on the calibration data; needs no further data.
+        """Set every threshold so that this share of the calibration data falls under it. No further data is needed.
 
-        Each FFN gets the same share. The realised share differs as far as other data, or the changed inputs of later
-        layers, differ from it; see :meth:`record`.
+        Each FFN gets the same share. The realised share is another one where the data, or the inputs of later layers
+        that change with the thresholds, differ from the calibration data; :meth:`record` measures it.
 
         Raises:
             ValueError: if share is outside [0, 1). Nothing is changed.
@@ -148,7 +158,11 @@ class Thresholding:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[ThresholdRecord]:
-        """Count what is left out while the context is open. Padding does not count."""
+        """Count what is left out while the context is open; padding does not count.
+
+        Raises:
+            ValueError: if a record is open already.
+        """
         if self.recording is not None:
             raise ValueError("a record is open already: leave its context first")
         self.recording = ThresholdRecord()
@@ -161,7 +175,7 @@ class Thresholding:
             self.recording = None
 
     def remove(self) -> None:
-        """Take the hooks away: the model is dense again."""
+        """Remove the hooks, so that the model is dense again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -185,15 +199,16 @@ def cats(
 ) -> Thresholding:
     """Leave out neurons whose gate activation ``|act(gate(x))|`` lies under their layer's threshold.
 
-    In a plain FFN the activation itself counts. A neuron whose activation is exactly 0 counts as left out.
+    In a plain FFN it is the activation of up. A neuron whose activation is exactly 0 counts as left out.
 
     Args:
         model: a dense model.
-        sparsity: share of the neurons of each FFN, in [0, 1), measured on the dense model's hidden states.
-        calibration: as for :func:`torch_prunepath.sparsify`; with None a causal language model samples its own text.
-        tokenizer: for texts.
-        tokens: of calibration data used, at most.
-        seed: of sampled text.
+        sparsity: share of each FFN's neurons to leave out, in [0, 1), measured on the dense model's hidden states.
+        calibration: data, as for :func:`torch_prunepath.sparsify`; with None a causal language model samples its own
+            text.
+        tokenizer: tokenizer for texts.
+        tokens: largest number of calibration tokens that are used.
+        seed: seed of sampled text.
         progress: show progress bars.
 
     Raises:
@@ -231,13 +246,14 @@ def teal(
 
     Args:
         model: a dense model.
-        sparsity: share of matrix inputs of each FFN, in [0, 1), weighed by the matrices' sizes.
-        calibration: as for :func:`torch_prunepath.sparsify`; with None a causal language model samples its own text.
-        tokenizer: for texts.
-        allocation: ``"uniform"``: the same share for every matrix; ``"greedy"``: step by step, more for the matrix
-            where that changes the FFN's output least.
-        tokens: of calibration data used, at most.
-        seed: of sampled text.
+        sparsity: share of each FFN's matrix inputs to leave out, in [0, 1), weighed by the matrices' sizes.
+        calibration: data, as for :func:`torch_prunepath.sparsify`; with None a causal language model samples its own
+            text.
+        tokenizer: tokenizer for texts.
+        allocation: share of each matrix. ``"uniform"``: the same for every matrix; ``"greedy"``: found in steps, each
+            of which leaves out more of the matrix where that changes the FFN's output least.
+        tokens: largest number of calibration tokens that are used.
+        seed: seed of sampled text.
         progress: show progress bars.
 
     Raises:

@@ -1,9 +1,9 @@
 """MoEfication (Zhang et al., arXiv 2110.01786): a fixed number of experts for every token.
 
-Experts are balanced k-means clusters of each neuron's L2-normalised gate (or else up) row. A router ranks them: by the
-distance of the token, at norm 1, from each expert's mean row, or by a small network that predicts how much each expert
-will activate. Both follow the released code, which was written for ReLU networks: where an FFN is gated, what counts
-as activation is the gate's, its positive part.
+Experts are balanced k-means clusters of the neurons' L2-normalised gate rows, or up rows where there is no gate. A
+router ranks them: by the distance between the token, scaled to norm 1, and each expert's mean row, or by a small
+network that predicts how much each expert will activate. Both follow the released code, which was written for ReLU
+networks. In a gated FFN, the positive part of the gate's activation counts as activation.
 
 Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
 """
@@ -35,14 +35,15 @@ PUBLISHED_SHARE = 0.2
 
 
 class MoEfication(RoutedBaseline):
-    """Fixed top-k experts. tau is the share of active experts: ``k = round(tau * E)``, the same for every token."""
+    """MoEfication on a model: ``k = round(tau * E)`` experts are active for every token, so tau is their share."""
 
     def set_sparsity(
         self, share: float, batches: Any = None, *, tokenizer: Any = None, progress: bool = False
     ) -> float:
-        """Make this share of the experts inactive; needs no data, and ignores it. Returns tau.
+        """Make this share of the experts inactive, and return tau. Data is not needed, and ignored if given.
 
-        The share of neurons differs a little where E is no multiple, or where the last expert is smaller.
+        The realised share of neurons differs a little where E times the share is not whole, or where the last expert is
+        smaller.
 
         Raises:
             ValueError: if share is outside [0, 1).
@@ -65,23 +66,24 @@ def moefication(
     seed: int = 0,
     progress: bool = True,
 ) -> MoEfication:
-    """Apply MoEfication to a dense model, in place: usable without training, or :func:`torch_prunepath.train.train` it.
+    """Apply MoEfication to a dense model, in place.
 
-    Routers are frozen: the paper trains the model around them. For comparison: no checkpoint holds them.
+    The result works without training, and :func:`torch_prunepath.train.train` can train it. Routers are frozen: the
+    paper trains the model around them. Checkpoints do not hold the method.
 
     Args:
         model: a dense model.
-        calibration: what ``router="mlp"`` is fitted on, as for :func:`torch_prunepath.sparsify`; with None a causal
-            language model samples its own text. ``router="centroid"`` looks at weights alone.
-        tokenizer: for texts.
-        router: ``"mlp"``: ``D -> E -> E`` with tanh, no biases, starting at the centroids and the identity, fitted by
-            binary cross-entropy to each expert's summed positive activations over the batch's largest (Adam, 0.01);
-            or ``"centroid"``.
-        expert_size: S.
+        calibration: data to which ``router="mlp"`` is fitted, as for :func:`torch_prunepath.sparsify`; with None a
+            causal language model samples its own text. ``router="centroid"`` needs no data.
+        tokenizer: tokenizer for texts.
+        router: ``"mlp"``: ``D -> E -> E`` with tanh and no biases, which starts at the centroids and the identity. It
+            is fitted by binary cross-entropy (Adam, 0.01) to each expert's summed positive activations, divided by the
+            batch's largest. ``"centroid"``: the distance from each expert's mean row.
+        expert_size: neurons of an expert, S.
         tau: share of the experts that are active.
-        tokens: of calibration data used, at most.
-        epochs: passes over them.
-        seed: of clustering, sampled text and fitting.
+        tokens: largest number of calibration tokens that are used.
+        epochs: passes over the calibration tokens.
+        seed: seed of clustering, sampled text and fitting.
         progress: show progress bars.
 
     Raises:
@@ -89,7 +91,7 @@ def moefication(
     """
     check_choice("router", router, MoEficationRouter)
     if router == "centroid" and calibration is not None:
-        raise ValueError("router='centroid' looks at weights alone: leave calibration out, or choose router='mlp'")
+        raise ValueError("router='centroid' uses no calibration data: leave calibration out, or choose router='mlp'")
     inputs = None
     if router == "mlp":
         inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
@@ -113,7 +115,7 @@ def _build(
 
 
 def gate_activations(view: FFNView, x_ND: Tensor) -> Tensor:
-    """``act(gate(x))``, or ``act(up(x))`` where the FFN is plain: ``[N, D] -> [N, F]`` in the dtype of ``x_ND``."""
+    """Compute ``act(gate(x))``, or ``act(up(x))`` of a plain FFN: ``[N, D] -> [N, F]`` in the dtype of ``x_ND``."""
     gated = view.gate_FD is not None
     rows_FD = view.gate_FD if view.gate_FD is not None else view.up_FD
     bias_F = view.gate_bias_F if gated else view.up_bias_F
@@ -122,9 +124,10 @@ def gate_activations(view: FFNView, x_ND: Tensor) -> Tensor:
 
 
 def activation_sums(view: FFNView, x_ND: Tensor, expert_size: int) -> Tensor:
-    """Each expert's summed positive activations on tokens scaled to norm 1: float32 ``[N, E]``.
+    """Sum each expert's positive activations on tokens scaled to norm 1: float32 ``[N, E]``.
 
-    Scaled afterwards, which is the same for a ReLU without bias and keeps the meaning of any other activation.
+    The sums are scaled, not the tokens. For a ReLU without bias that is the same, and any other activation function
+    still gets the inputs that it was made for.
     """
     norm_N1 = x_ND.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     parts = x_ND.split(4096), norm_N1.split(4096)  # bounds what is as wide as the FFN
@@ -142,8 +145,8 @@ def _cross_entropy(scores_BE: Tensor, sums_BE: Tensor) -> Tensor:
 
 
 def _captured(scores_BE: Tensor, sums_BE: Tensor) -> Tensor:
-    """Share of all activation that the best-ranked fifth of the experts holds, over tokens that have any."""
+    """Compute the share of all activation that is in the best-ranked fifth of the experts, over tokens with any."""
     k = max(1, int(PUBLISHED_SHARE * scores_BE.shape[-1]))
-    held_B = sums_BE.gather(-1, scores_BE.topk(k, dim=-1).indices).sum(-1)
+    captured_B = sums_BE.gather(-1, scores_BE.topk(k, dim=-1).indices).sum(-1)
     total_B = sums_BE.sum(-1)
-    return (held_B / total_B)[total_B > 0].mean().nan_to_num(0.0)
+    return (captured_B / total_B)[total_B > 0].mean().nan_to_num(0.0)

@@ -1,4 +1,4 @@
-"""Making a model's config say how wide its FFNs are, by trying which field does it rather than by a table of names."""
+"""Writing new FFN widths into a model's config. The right fields are found by trying, not from a table of names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 _UNSET = ("n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size")
-"""Fields that mean "as wide as usual" where they are None."""
+"""Names of fields for which None stands for the usual width."""
 
 Field = tuple[int, str]
-"""Which of the (nested) configs, and the name of a field."""
+"""A field of a config: the place of its part among the nested configs, and the field's name."""
 
 
 def tell_config(model: nn.Module, widths: Mapping[int, int]) -> bool | None:
@@ -23,11 +23,11 @@ def tell_config(model: nn.Module, widths: Mapping[int, int]) -> bool | None:
     parameters of the shapes that the model has now.
 
     Args:
-        model: its FFNs have the new widths already.
+        model: a model whose FFNs have the new widths already.
         widths: new width by old width.
 
     Returns:
-        Whether it worked; None if the model has no config. If it did not, the config is as it was.
+        Whether fields were found; None if the model has no config. If none were found, the config is as it was.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -44,7 +44,10 @@ def tell_config(model: nn.Module, widths: Mapping[int, int]) -> bool | None:
 
 
 def _choices(config: Any, widths: Mapping[int, int]) -> Iterator[dict[Field, int]]:
-    """What to try: nothing (no width changed), every field that holds an old width, each of them alone, unset ones."""
+    """Yield the changes to try.
+
+    They are: none; all fields with an old width; each of these alone; and each field that is unset.
+    """
     yield {}
     holding: dict[Field, int] = {}
     unset: list[Field] = []
@@ -62,7 +65,7 @@ def _choices(config: Any, widths: Mapping[int, int]) -> Iterator[dict[Field, int
 
 
 def _nested(config: Any) -> list[Any]:
-    """A config and those inside it, always in the same order."""
+    """Return a config and the configs inside it, always in the same order."""
     inner = [value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "model_type")]
     return [config, *(part for value in inner for part in _nested(value))]
 
@@ -74,13 +77,13 @@ def _write(config: Any, fields: Mapping[Field, int]) -> None:
 
 
 def _configs_of(model: nn.Module) -> list[Any]:
-    """The config, and the copies of it that stacks inside the model keep."""
+    """Return the model's config, and the other configs that modules inside the model hold."""
     found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     return [model.config, *(config for config in found.values() if config is not model.config)]
 
 
 def _same(own: Any, config: Any, field: Field) -> bool:
-    """Whether a stack's config has the field that the model's has."""
+    """Whether the config of a module inside the model has the field that the model's config has."""
     place, name = field
     return len(_nested(own)) > place and name in vars(_nested(own)[place]) and type(own) is type(config)
 

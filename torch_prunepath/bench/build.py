@@ -1,4 +1,4 @@
-"""Whole models for ``prunepath bench decode``: dense first, then the same one made sparse in place.
+"""Whole models for ``prunepath bench decode``: a dense one first, then the same one made sparse in place.
 
 Shapes: D hidden size, E experts.
 """
@@ -28,24 +28,25 @@ from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import register_routing_hook, set_tau
 
 SCALING_TOKENS = 64
-"""Random tokens on which the spread of routers' scores, and the size of FFNs' outputs, is measured: means over D and E
-do not need more."""
+"""Random tokens on which the spread of routers' scores and the size of FFNs' outputs are measured. Each token also
+averages over D or E, so few are enough; 64 is a guess."""
 
 FFN_SHARE = 0.1
-"""What one FFN of a model with random weights adds, relative to the embeddings."""
+"""Size of the vector that one FFN of a model with random weights adds, relative to the embeddings. :func:`_calm` says
+why it is far below 1; 0.1 is a guess."""
 
 
 def build_dense(name: str, options: DecodeOptions) -> tuple[Any, str]:
-    """The dense model on its device, and where its weights come from.
+    """Build or load the dense model on its device; also return a text that says where its weights come from.
 
     Raises:
-        UserError: if it cannot be had.
+        UserError: if the model cannot be loaded, or ``--layers`` is given for a folder.
     """
     found = resolve(name)
     if isinstance(found, Geometry):
         return _random(found, options), "random weights; random routers, scaled"
     if options.layers is not None:
-        raise UserError(f"--layers shortens geometries, not models in folders ({found}): leave it out")
+        raise UserError(f"--layers works for geometries, not for models in folders ({found}): leave it out")
     model = load_folder(found, options.torch_dtype, options.torch_device)
     if is_sparse_checkpoint(found):
         return densify(model), "the model's own weights and routers; random prompts"
@@ -53,10 +54,10 @@ def build_dense(name: str, options: DecodeOptions) -> tuple[Any, str]:
 
 
 def make_sparse(name: str, model: Any, options: DecodeOptions) -> Any:
-    """The sparse model, tau = 1: the dense one converted in place, or loaded anew if it was saved sparse.
+    """Return the sparse model at tau = 1: the dense one converted in place, or loaded again if it was saved sparse.
 
     Raises:
-        UserError: if it has no FFN that can be made sparse.
+        ValueError: if no FFN of the dense model can be made sparse.
     """
     found = resolve(name)
     if isinstance(found, Path) and is_sparse_checkpoint(found):
@@ -77,13 +78,13 @@ def make_sparse(name: str, model: Any, options: DecodeOptions) -> Any:
 
 
 def random_ids(model: Any, batch: int, tokens: int, seed: int) -> Tensor:
-    """Random token ids ``[batch, tokens]`` on the model's device."""
+    """Draw token ids, int64 ``[batch, tokens]``, on the model's device."""
     size = model.config.get_text_config().vocab_size
     return torch.randint(size, (batch, tokens), generator=torch.Generator().manual_seed(seed)).to(model.device)
 
 
 def _random(geometry: Geometry, options: DecodeOptions) -> Any:
-    """Built on the device and in the dtype that it will have, so that there is never a second copy."""
+    """Build a model directly on its device and in its dtype, so that there is never a second copy."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(options.seed)
@@ -97,10 +98,11 @@ def _random(geometry: Geometry, options: DecodeOptions) -> Any:
 
 @torch.no_grad()
 def _calm(model: Any) -> None:
-    """Embeddings of unit variance, to which each FFN adds vectors of size ``FFN_SHARE``.
+    """Scale the embeddings to unit variance, and each FFN so that it adds vectors of size ``FFN_SHARE`` to them.
 
-    As transformers initialises them, each FFN outweighs all that came before. One rounding that makes another expert
-    active then changes half of the next layer's choices, and after some layers no two right implementations agree.
+    With the weights that transformers initialises, the output of each FFN is larger than the sum of all before it, to
+    which it is added. If a rounding then makes another expert active, half of the next layer's choices change, and
+    after some layers no two correct implementations agree.
     """
     embeddings = model.get_input_embeddings().weight
     embeddings.div_(embeddings.float().std())
@@ -113,7 +115,7 @@ def _calm(model: Any) -> None:
 
 @torch.no_grad()
 def _randomise_routers(model: Any, seed: int) -> None:
-    """Random router weights, each layer's scaled so that a token's scores spread by ``SCORE_SPREAD``."""
+    """Draw random router weights, and scale each layer's so that a token's scores spread by ``SCORE_SPREAD``."""
     layers = sparse_layers(model)
     generator = torch.Generator(model.device).manual_seed(seed)
     for layer in layers.values():

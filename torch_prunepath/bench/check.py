@@ -1,4 +1,4 @@
-"""No time is reported for a wrong result: outputs are checked against float64 before anything is timed.
+"""Checks of outputs against float64 before anything is timed: no time is reported for a wrong result.
 
 Shapes: T tokens, D hidden size, F neurons, E experts.
 """
@@ -13,41 +13,49 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATIONS
-from torch_prunepath.bench.layers import Layer
+from torch_prunepath.bench.layers import TimedFFN
 from torch_prunepath.console.errors import UserError
 from torch_prunepath.layer.reference import router_scores_reference
 from torch_prunepath.ops.experts import expand_experts
 
 MASS_TOLERANCE = 1e-5
-"""Experts whose mass_before lies this near to tau may be active or not."""
+"""Largest distance from tau of the mass that decides about an expert at which the expert may be active or not. float32
+sums of the mass are off by less; a guess."""
 
 CHECKED_TOKENS = 8
-"""Tokens of a batch that are compared: float64 takes its time, and a kernel that is wrong is wrong for many."""
+"""Largest number of tokens of a batch that are compared. float64 is slow, and a kernel that is wrong is wrong for many
+tokens; 8 is a guess."""
 
 BOUNDS: Mapping[torch.dtype, float] = MappingProxyType(
     {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 )
-"""Largest relative RMS error of a token's output; a few roundings of the dtype."""
+"""Largest relative RMS error of a token's output, by dtype. In float16 and bfloat16 it is about four roundings (half an
+epsilon each). There is no record of how the bounds were chosen."""
 
 
 class WrongResult(UserError):
-    """What was to be timed computes something else than the reference."""
+    """Error for a call that was to be timed but computes something other than the reference."""
 
     exit_code = 1
 
 
 def relative_rms(found: Tensor, expected: Tensor) -> float:
-    """``rms(found - expected) / rms(expected)`` of the worst row ``[T, D]``; NaN if any number is."""
+    """Largest ``rms(found - expected) / rms(expected)`` over the rows of ``[T, D]``; NaN if any number is NaN."""
     found, expected = found.double(), expected.double()
     scale_T = expected.square().mean(-1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return float(((found - expected).square().mean(-1).sqrt() / scale_T).max())
 
 
 def require(error: float, bound: float, what: str) -> float:
-    """Return the error.
+    """Return the error if it is within the bound.
+
+    Args:
+        error: a relative RMS error.
+        bound: the largest error allowed.
+        what: name of the compared thing, for the message.
 
     Raises:
-        WrongResult: if it is above the bound, or NaN.
+        WrongResult: if the error is above the bound or NaN.
     """
     if not error <= bound:
         raise WrongResult(
@@ -57,21 +65,22 @@ def require(error: float, bound: float, what: str) -> float:
 
 
 @torch.no_grad()
-def check_layer(layer: Layer, x_TD: Tensor, dense_TD: Tensor, sparse_TD: Tensor, what: str) -> float:
+def check_layer(layer: TimedFFN, x_TD: Tensor, dense_TD: Tensor, sparse_TD: Tensor, what: str) -> float:
     """Compare a layer's outputs with float64 on ``CHECKED_TOKENS`` tokens spread over the batch.
 
     Args:
-        layer: the FFN, its tau set.
-        x_TD: what it received.
-        dense_TD: what the dense computation made of it.
-        sparse_TD: what the sparse computation made of it.
-        what: names both in the message.
+        layer: the FFN, with its tau set.
+        x_TD: the layer's input.
+        dense_TD: output of the dense computation.
+        sparse_TD: output of the sparse computation.
+        what: name of both outputs, for the message.
 
     Returns:
-        The larger relative RMS error of both.
+        The larger relative RMS error of the two outputs.
 
     Raises:
-        WrongResult: if it is above ``BOUNDS``, or any number in the outputs is NaN or infinite.
+        WrongResult: if an error is above ``BOUNDS``, an output has another shape than the input, or any number in it is
+            NaN or infinite.
     """
     for name, y_TD in (("dense", dense_TD), ("sparse", sparse_TD)):
         if y_TD.shape != x_TD.shape or not bool(torch.isfinite(y_TD).all()):
@@ -85,9 +94,9 @@ def check_layer(layer: Layer, x_TD: Tensor, dense_TD: Tensor, sparse_TD: Tensor,
 
 
 class _Reference:
-    """One layer in float64."""
+    """The computation of one layer in float64."""
 
-    def __init__(self, layer: Layer, x_TD: Tensor) -> None:
+    def __init__(self, layer: TimedFFN, x_TD: Tensor) -> None:
         x_TD = x_TD.double()
 
         def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,7 +115,7 @@ class _Reference:
         return self.h_TF @ self.down_FD + self.bias_D
 
     def sparse(self, found_TD: Tensor) -> Tensor:
-        """The output, with experts at the threshold active wherever ``found_TD`` shows that they were."""
+        """Return the output; experts whose mass is at tau are active in it where ``found_TD`` shows that they were."""
         size, ffn_size = self.layer.expert_size, self.h_TF.shape[1]
         offset = self.layer.gate_offset
         weights_TE = None if offset is None else torch.sigmoid(self.scores_TE + offset)
@@ -125,7 +134,7 @@ class _Reference:
         return y_TD
 
     def _masks(self) -> tuple[Tensor, Tensor]:
-        """(surely active, may be active or not), each bool ``[T, E]``."""
+        """Return the experts that must be active and those that may be active or not, each bool ``[T, E]``."""
         tau = float(self.layer.tau)
         shared = self.layer.shared
         p_TE = torch.softmax(self.scores_TE[:, shared:], -1)

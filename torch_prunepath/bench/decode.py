@@ -1,4 +1,4 @@
-"""``prunepath bench decode``: a whole model, dense as fast as ``torch.compile`` makes it, then sparse.
+"""``prunepath bench decode``: a whole model, first dense and as fast as ``torch.compile`` makes it, then sparse.
 
 The dense model is measured first and then converted in place: there is no room for two large ones.
 """
@@ -34,24 +34,35 @@ from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import set_tau
 
 SEARCHED_CALLS = 4
-"""Decoding steps on which tau is searched, eagerly; prompts are read once."""
+"""Number of eager decoding steps on which tau is searched (a prompt is read once). Enough to cover ``CHECKED_CALLS``; a
+guess."""
 
 BOUNDS: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2})
-"""Largest relative RMS error of logits between two ways to compute one model."""
+"""Largest relative RMS error of logits between two ways to compute one model, by dtype. There is no record of how the
+bounds were chosen."""
 
 LARGEST_BOUND = 0.5
-"""Where some roundings of the FFNs' inputs move logits by more than ``BOUNDS``, that much is allowed, but never
-more than this: zeros are 1 away, unrelated logits 1.4."""
+"""Largest error that is ever allowed. Where some roundings of the FFNs' inputs move logits by more than ``BOUNDS``, an
+error of that size is allowed, up to this one. It is half the error of logits that are all zero, which is 1; unrelated
+logits have 1.4."""
 
 render = record.render
 
 Maker = Callable[[Any], Work]
-"""Makes something to time from a model, dense or sparse."""
+"""A function that makes something to time from a model, dense or sparse."""
 
 
 @dataclass(frozen=True)
 class _Dense:
-    """What is kept of the dense model: by work, times, logits ``[R, V]`` and their bound; weight bytes; prompts."""
+    """Results of the dense model that are kept while the sparse one is measured.
+
+    Attributes:
+        measured: times and peak memory of each work.
+        logits: logits of each work's first calls, ``[R, V]`` on the CPU.
+        bounds: largest error allowed of each work's logits.
+        weight_bytes: bytes of the weights that a call reads.
+        prompts: latency of each prompt.
+    """
 
     measured: list[Measured]
     logits: list[Tensor]
@@ -61,10 +72,12 @@ class _Dense:
 
 
 def run(options: DecodeOptions, command_line: str = "") -> dict[str, Any]:
-    """Check, time, and return what was measured, ready for JSON.
+    """Check and time everything that the options ask for, and return the results, ready for JSON.
 
     Raises:
-        ValueError: if something that was asked for cannot be had; ``WrongResult`` if logits are wrong.
+        ValueError: if the backend is not known, a model cannot be loaded or has no FFN that can be made sparse, or a
+            file cannot be written.
+        WrongResult: if logits are wrong.
     """
     with as_user_error(InvalidBackend):
         torch._dynamo.lookup_backend(options.backend)
@@ -108,7 +121,7 @@ def release(device: torch.device) -> None:
 
 
 def _makers(model: Any, options: DecodeOptions) -> tuple[list[Maker], list[str]]:
-    """What to time, each made from a model when its turn comes; and what the model's context rules out."""
+    """Return makers of the works to time, and a line for each work that is too long for the model's context."""
     longest, total = longest_context(model), options.context + options.new_tokens
     makers: list[Maker] = []
     skipped = []
@@ -188,7 +201,7 @@ def _profile(what: str, work: Work, steps: Mapping[str, Step], found: Measured, 
 
 
 def _bound(modules: Iterable[nn.Module], work: Work, expected_RV: Tensor, options: DecodeOptions) -> float:
-    """The largest error that rounding explains in these modules' inputs."""
+    """Return the largest error of logits that is allowed, given the roundings of these modules' inputs."""
     noise = rounding_noise(modules, work, expected_RV, CHECKED_CALLS, options.seed)
     return min(max(BOUNDS[options.torch_dtype], noise), LARGEST_BOUND)
 
@@ -203,10 +216,11 @@ def _check(
     what: str,
     options: DecodeOptions,
 ) -> dict[str, float]:
-    """Compare the steps with the dense model where that is what they should compute, with eager sparse calls elsewhere.
+    """Compare the steps' logits with those that they should compute.
 
-    ``bound`` is the dense model's. ``dense_distance`` tells how far the dense model's logits are from the right ones,
-    on the same scale.
+    With every expert active and all gates 1, these are the dense model's logits, and ``bound`` is the dense model's.
+    Otherwise they are those of eager sparse calls. ``dense_distance`` in the result is the relative RMS error of the
+    dense model's logits.
     """
     expected_RV = dense_RV
     gates = {layer.experts.gate for layer in sparse_layers(model).values()}
@@ -214,7 +228,7 @@ def _check(
         expected_RV = logits_of(work, work.step, CHECKED_CALLS)
         bound = _bound(sparse_layers(model).values(), work, expected_RV, options)
     error = check_steps(work, steps, expected_RV, bound, f"{what} at sparsity {sparsity:g}")
-    return {"gate_error": error, "gate_bound": bound, "dense_distance": relative_rms(dense_RV, expected_RV)}
+    return {"check_error": error, "check_bound": bound, "dense_distance": relative_rms(dense_RV, expected_RV)}
 
 
 def _sparse_prompts(

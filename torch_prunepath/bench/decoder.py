@@ -1,8 +1,9 @@
-"""What is timed of a whole model: decoding steps and the reading of prompts, the same for dense and sparse models.
+"""The parts of a whole model that are timed: decoding steps, and reading prompts; the same for dense and sparse models.
 
 A decoding step computes the next token, argmax included, and updates cache and positions in place, so that no step
-waits for the host. It does not feed that token back but the next of a fixed random sequence: random weights would
-repeat one token, alike in all sequences, and dense and sparse models would read different ones.
+waits for the host. The next step does not read that token but the next one of a fixed random sequence. Otherwise a
+model with random weights would repeat one token in all sequences, and dense and sparse models would read different
+tokens.
 
 Shapes: B sequences, P prompt tokens, N decoded tokens, V vocabulary.
 """
@@ -22,17 +23,18 @@ from torch_prunepath.bench.timing import Captured
 Step = Callable[[], Tensor]
 
 MOST_PARTS = 256
-"""Most parts that a row of logits is cut into to find the largest; the second step compares as many numbers."""
+"""Largest number of parts into which a row of logits is cut to find the largest logit; the second step compares as many
+numbers. A guess."""
 
 
 def prepare(call: Callable[[], Any], mode: Mode, backend: str, before: Callable[[], None] | None = None) -> Any:
-    """``call`` compiled, warmed up and, if the mode says so, recorded; takes no arguments.
+    """Return ``call`` compiled, warmed up and, if the mode says so, recorded as a CUDA graph.
 
     Args:
-        call: changes only tensors that stay where they are.
-        mode: one of ``MODES``.
-        backend: of ``torch.compile``.
-        before: undoes what ``call`` changed; run ahead of each call here.
+        call: a function without arguments that changes only tensors that stay where they are.
+        mode: one of the values of ``MODES``.
+        backend: backend of ``torch.compile``.
+        before: a function that undoes the changes of ``call``; it runs before each call here.
     """
     before = before or (lambda: None)
     if mode.compile is not None:
@@ -47,13 +49,13 @@ def prepare(call: Callable[[], Any], mode: Mode, backend: str, before: Callable[
 
 
 class Work(Protocol):
-    """Something to time.
+    """Something of a model that is timed call by call.
 
     Attributes:
         phase: ``"decode"`` or ``"prefill"``.
         batch: B.
-        tokens: tokens a sequence that one call reads.
-        calls: calls in :meth:`turn`.
+        tokens: tokens of each sequence that one call reads.
+        calls: number of calls that :meth:`turn` makes.
         cache_bytes: bytes of keys and values that a call reads.
     """
 
@@ -66,28 +68,28 @@ class Work(Protocol):
     def cache_bytes(self) -> int: ...  # noqa: D102
 
     def step(self) -> Tensor:
-        """One call, eagerly; returns logits ``[B, V]``."""
+        """Make one eager call, and return logits ``[B, V]``."""
 
     def prepared(self, mode: Mode, backend: str) -> Step:
-        """:meth:`step` made fast."""
+        """Compile :meth:`step` in the mode, and return the compiled step."""
 
     def rewind(self) -> None:
-        """Back to the state before the first call."""
+        """Go back to the state before the first call."""
 
     def turn(self, step: Step, calls: int | None = None) -> list[Tensor]:
-        """``calls`` calls, one after the other; what each returned."""
+        """Make ``calls`` calls one after the other, by default :attr:`calls`, and return the logits of each."""
 
     def ids(self) -> Tensor:
-        """All tokens that are read, ``[B, ...]``."""
+        """Return all tokens that are read, int64 ``[B, ...]``."""
 
 
 class Decoder:
-    """A prompt in a static cache, to go on from. See :class:`Work`.
+    """The :class:`Work` of decoding: a prompt in a static cache, from which each step reads one more token.
 
     Args:
         model: a causal language model in evaluation mode.
-        ids_BC: int64 ``[B, P + N + 1]``: the prompt, the tokens that the steps read, and one that none reads.
-        new_tokens: N.
+        ids_BC: int64 ``[B, P + N + 1]``: the prompt, the tokens that the steps read, and one that no step reads.
+        new_tokens: number of decoding steps, N.
         room: tokens that the cache holds; P + N by default.
     """
 
@@ -124,7 +126,7 @@ class Decoder:
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Back to the end of the prompt; what steps wrote to the cache is masked, and overwritten in its turn."""
+        """Go back to the end of the prompt; later entries of the cache are masked until steps overwrite them."""
         self.token_B1.copy_(self.stream_BN[:, :1])
         self.index_B1.zero_()
         self.position_B1.fill_(self.length)
@@ -133,7 +135,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """One token."""
+        """Decode one token eagerly, and return logits ``[B, V]``."""
         return self._call()()
 
     def _call(self) -> Step:
@@ -142,27 +144,27 @@ class Decoder:
 
     @torch.no_grad()
     def prepared(self, mode: Mode, backend: str) -> Step:
-        """:meth:`step` made fast; rewinds."""
+        """Compile :meth:`step` in the mode, rewind, and return the compiled step."""
         step: Step = prepare(self._call(), mode, backend, self.rewind)
         self.rewind()
         return step
 
     def turn(self, step: Step, calls: int | None = None) -> list[Tensor]:
-        """Decode; rewind first, or there may be no room."""
+        """Decode ``calls`` tokens, by default N. Rewind before, or the cache may have no room."""
         return [step() for _ in range(self.calls if calls is None else calls)]
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all keys and values: attention over a static cache reads those to come too."""
+        """Bytes of all keys and values; attention over a static cache also reads the entries not yet filled."""
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in self.cache.layers)
 
     def ids(self) -> Tensor:
-        """``[B, P + N]``."""
+        """Return the prompt and the tokens that the steps read, int64 ``[B, P + N]``."""
         return self._ids_BC[:, :-1]
 
 
 class Prefill:
-    """A prompt read at once, without a cache. See :class:`Work`."""
+    """The :class:`Work` of reading a whole prompt at once, without a cache."""
 
     phase = "prefill"
     calls = 1
@@ -174,30 +176,30 @@ class Prefill:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """The whole prompt."""
+        """Read the prompt eagerly, and return logits ``[B, V]`` of its last position."""
         return read_prompt(self.model, self._ids_BP, None)
 
     @torch.no_grad()
     def prepared(self, mode: Mode, backend: str) -> Step:
-        """:meth:`step` made fast."""
+        """Compile :meth:`step` in the mode, and return the compiled step."""
         step: Step = prepare(functools.partial(read_prompt, self.model, self._ids_BP, None), mode, backend, self.rewind)
         return step
 
     def rewind(self) -> None:
-        """Nothing to do."""
+        """Do nothing: reading the prompt changes no state."""
 
     def turn(self, step: Step, calls: int | None = None) -> list[Tensor]:
-        """Read it ``calls`` times."""
+        """Read the prompt ``calls`` times, by default once."""
         return [step() for _ in range(calls or 1)]
 
     def ids(self) -> Tensor:
-        """``[B, P]``."""
+        """Return the prompt, int64 ``[B, P]``."""
         return self._ids_BP
 
 
 @torch.no_grad()
 def logits_of(work: Work, step: Step, calls: int) -> Tensor:
-    """Logits ``[calls * B, V]`` of the first calls, float32; rewinds before and afterwards."""
+    """Return the logits of the first calls, float32 ``[calls * B, V]``; rewind before and afterwards."""
     work.rewind()
     # Cloned one by one: a recorded graph returns the same memory each time.
     rows = [work.turn(step, 1)[0].float().clone() for _ in range(min(calls, work.calls))]
@@ -206,7 +208,7 @@ def logits_of(work: Work, step: Step, calls: int) -> Tensor:
 
 
 def read_prompt(model: Any, ids_BP: Tensor, cache: Any) -> Tensor:
-    """Read tokens into an empty cache (or none); logits ``[B, V]`` of the last position."""
+    """Read tokens into an empty cache, or without one, and return the logits ``[B, V]`` of the last position."""
     output = model(input_ids=ids_BP, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
     logits_BV: Tensor = output.logits[:, -1]
     return logits_BV
@@ -231,7 +233,10 @@ def _step(
 
 
 def _argmax(logits_BV: Tensor) -> Tensor:
-    """``argmax(-1)``, ``[B, 1]``, in two steps where V has a divisor: Inductor gives each whole row to one program."""
+    """Compute ``argmax(-1)``, ``[B, 1]``, in two steps if V has a divisor, so that several programs share a row.
+
+    Inductor's own argmax gives a whole row to one program.
+    """
     B, V = logits_BV.shape
     parts = max(n for n in range(1, MOST_PARTS + 1) if V % n == 0)
     best_BP, place_BP = logits_BV.view(B, parts, -1).max(-1)

@@ -1,6 +1,6 @@
 """``prunepath bench ffn``: one FFN at a time, dense and sparse, against the memory floor.
 
-Layers are called one after the other, so that none finds its weights in a cache; times are per layer.
+Several layers are called one after the other, so that none finds its weights in a cache. Times are per layer.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from tqdm import tqdm
 
 from torch_prunepath.bench import results as record
 from torch_prunepath.bench.check import check_layer
-from torch_prunepath.bench.layers import LAYOUTS, Layer, Usage
+from torch_prunepath.bench.layers import LAYOUTS, TimedFFN, Usage
 from torch_prunepath.bench.options import FFNOptions
 from torch_prunepath.bench.sources import Source, open_source
 from torch_prunepath.bench.timing import Timing, Traffic, copy_bandwidth, peak_memory, ready, timed
 
 CHECKED_LAYERS = 2
-"""Layers whose outputs are compared: all are made alike, and float64 takes its time."""
+"""Number of layers whose outputs are compared: all are made alike, and float64 is slow. 2 is a guess."""
 
 render = record.render
 
 
 def run(options: FFNOptions, command_line: str = "") -> dict[str, Any]:
-    """Check, time, and return what was measured, ready for JSON.
+    """Check and time everything that the options ask for, and return the results, ready for JSON.
 
     Raises:
-        ValueError: if something that was asked for cannot be had; ``WrongResult`` if an output is wrong.
+        ValueError: if a model cannot be loaded or has no FFN to time, or the output cannot be written.
+        WrongResult: if an output is wrong.
     """
     bandwidth = copy_bandwidth(options.torch_device)
     results = record.begin("ffn", options, command_line, bandwidth)
@@ -76,12 +77,12 @@ def _rows(source: Source, tokens: int, options: FFNOptions, bandwidth: float) ->
     device, layers = options.torch_device, source.layers
     inputs = source.inputs(tokens)
 
-    def turn(call: Callable[[Layer, Tensor], Tensor]) -> Callable[[], Any]:
-        """One pass over all layers."""
+    def turn(call: Callable[[TimedFFN, Tensor], Tensor]) -> Callable[[], Any]:
+        """Make a call that passes over all layers."""
         return lambda: [call(layer, x_TD) for layer, x_TD in zip(layers, inputs, strict=True)][-1]
 
     dense = {name: turn(lambda layer, x, name=name: layer.dense(x, name)) for name in LAYOUTS}  # type: ignore[misc]
-    sparse = turn(Layer.sparse)
+    sparse = turn(TimedFFN.sparse)
     runs: dict[str, Any] = {}
     for sparsity in options.sparsities:
         for layer, x_TD in zip(layers, inputs, strict=True):
@@ -111,13 +112,13 @@ def _rows(source: Source, tokens: int, options: FFNOptions, bandwidth: float) ->
                 **_spreads(times),
                 "dense_layouts_us": {name: timing.median_us for name, timing in layouts.items()},
                 **peak.row(),
-                "gate_error": error,
+                "check_error": error,
             }
         )
 
 
 def _check(source: Source, inputs: list[Tensor], what: str) -> float:
-    """The largest error over the first layers."""
+    """Check the outputs of the first layers, and return the largest error."""
     errors = []
     for layer, x_TD in list(zip(source.layers, inputs, strict=True))[:CHECKED_LAYERS]:
         sparse_TD = layer.sparse(x_TD)
@@ -125,8 +126,8 @@ def _check(source: Source, inputs: list[Tensor], what: str) -> float:
     return max(errors)
 
 
-def _usage(layers: list[Layer], inputs: list[Tensor], times: dict[str, Timing], bandwidth: float) -> dict[str, Any]:
-    """Realised sparsity of the very inputs that were timed, and times against the bytes that they need."""
+def _usage(layers: list[TimedFFN], inputs: list[Tensor], times: dict[str, Timing], bandwidth: float) -> dict[str, Any]:
+    """Return the realised sparsity on the inputs that were timed, and the times compared with the memory floor."""
     pairs = zip(layers, inputs, strict=True)
     usage = Usage.mean([Usage.of(layer.mask(x_TD), layer.expert_size, layer.ffn_size) for layer, x_TD in pairs])
     neurons, router = layers[0].neuron_bytes, layers[0].router_bytes

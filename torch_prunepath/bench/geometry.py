@@ -1,4 +1,4 @@
-"""What is timed: well-known models' sizes by name, or a model's folder."""
+"""The models that are timed: sizes of well-known models by name, or a model's folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch_prunepath.console.errors import UserError
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a model; its weights will be random.
+    """The sizes of a model whose weights will be random.
 
     Attributes:
-        name: what people call it.
+        name: name of the model.
         family: ``model_type`` of transformers: ``"gpt2"``, ``"llama"`` or ``"qwen2"``.
         hidden_size: D.
         ffn_size: F.
@@ -41,16 +41,16 @@ class Geometry:
 
     @property
     def plain(self) -> bool:
-        """Whether its FFNs are plain, with biases and ``gelu_tanh``, rather than gated with ``silu``."""
+        """Whether the FFNs are plain, with biases and ``gelu_tanh``; otherwise they are gated with ``silu``."""
         return self.family == "gpt2"
 
     @property
     def activation(self) -> str:
-        """Key of ``ACTIVATIONS``."""
+        """Name of the activation function, a key of ``ACTIVATIONS``."""
         return "gelu_tanh" if self.plain else "silu"
 
     def config(self, layers: int | None = None) -> Any:
-        """The transformers configuration, with another number of layers if wanted."""
+        """Build the transformers configuration, with ``layers`` layers if that is given."""
         from transformers import AutoConfig
 
         layers = self.layers if layers is None else layers
@@ -92,14 +92,14 @@ GEOMETRIES: Mapping[str, Geometry] = MappingProxyType(
         )
     }
 )
-"""Sizes as the models' publishers give them."""
+"""Sizes of known models by name, as their publishers give them."""
 
 
 def resolve(name: str) -> Geometry | Path:
-    """The geometry called ``name``, or the model's folder that it names.
+    """Return the geometry called ``name``, or the path of the model's folder with that name.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if there is neither.
     """
     if name in GEOMETRIES:
         return GEOMETRIES[name]

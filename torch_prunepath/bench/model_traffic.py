@@ -1,4 +1,4 @@
-"""What a whole model's call reads from memory, what its routers choose, and how much rounding changes its logits.
+"""Measurements of a whole model's call: bytes read, experts chosen, and how much rounding changes the logits.
 
 Shapes: T tokens, V vocabulary, E experts.
 """
@@ -23,14 +23,21 @@ from torch_prunepath.search import OutOfReach, find_tau
 from torch_prunepath.sparsity import register_routing_hook, set_tau
 
 NOISE_ROUNDINGS = 8.0
-"""Roundings (half an epsilon each) by which FFN inputs are moved to see what rounding does to logits."""
+"""Standard deviation of the noise added to FFN inputs, in roundings (half an epsilon each). A guess of how far the
+inputs of two correct implementations differ."""
 
 NOISE_DRAWS = 8
+"""Number of random draws of which the largest error counts. A guess."""
+
 NOISE_MARGIN = 1.5
+"""Factor by which the largest error of the draws is raised, as more draws could find a larger one. A guess."""
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that a call reads in full: an embedding counts only if it is the output's weight as well."""
+    """Count the bytes of the weights that a call reads in full.
+
+    An embedding counts only if it is the weight of the output layer as well.
+    """
     output = model.get_output_embeddings()  # type: ignore[operator]
     skipped = {
         id(module.weight)
@@ -41,7 +48,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def traffic(model: nn.Module, work: Work, used: dict[str, Usage], dense_bytes: int, bandwidth: float) -> Traffic:
-    """Bytes of one call of a sparse model and of the dense one it was, of ``dense_bytes`` of weights."""
+    """Return the bytes that one call of a sparse model reads, and those that the dense model read.
+
+    Args:
+        model: the sparse model.
+        work: the call.
+        used: usage of each layer, by the layer's own name.
+        dense_bytes: bytes of the dense model's weights.
+        bandwidth: copy bandwidth in bytes a second.
+    """
     unread = routers = 0.0
     layers = sparse_layers(model)
     for name, view in sparse_views(model).items():
@@ -53,7 +68,7 @@ def traffic(model: nn.Module, work: Work, used: dict[str, Usage], dense_bytes: i
 
 
 def usage(model: nn.Module, work: Work, calls: int) -> dict[str, Usage]:
-    """What each layer's router chooses in the first calls, averaged over them, by the layer's own name."""
+    """Measure the usage of each layer in the first calls, averaged over them, by the layer's own name."""
     seen: dict[str, list[Usage]] = {}
     shapes = {layer.name: (layer.experts.expert_size, layer.ffn.ffn_size) for layer in sparse_layers(model).values()}
 
@@ -66,9 +81,10 @@ def usage(model: nn.Module, work: Work, calls: int) -> dict[str, Usage]:
 
 
 def reach(model: nn.Module, work: Work, sparsity: float, calls: int) -> dict[str, Usage]:
-    """Set a tau whose realised sparsity in the very calls that will be timed is the one asked for; return their usage.
+    """Set the tau at which the calls that will be timed realise ``sparsity``, and return the usage of their layers.
 
-    Where experts are too large for that it is the nearest that was found, or one expert a layer.
+    Where the experts are too large for that sparsity, tau is the one that came nearest, or leaves one expert active in
+    each layer.
     """
     used: dict[float, dict[str, Usage]] = {}
 
@@ -86,10 +102,13 @@ def reach(model: nn.Module, work: Work, sparsity: float, calls: int) -> dict[str
 
 
 def rounding_noise(modules: Iterable[nn.Module], work: Work, expected_RV: Tensor, calls: int, seed: int) -> float:
-    """How far logits move if these modules' inputs are off by some roundings: relative RMS error of the worst row.
+    """Measure how far logits move when these modules' inputs are off by some roundings.
 
-    Two right implementations differ by roundings, and an expert near tau may then be active in one of them only. Such
-    experts are few, so the largest of ``NOISE_DRAWS`` random errors is returned, times ``NOISE_MARGIN``.
+    Two correct implementations differ by roundings, and an expert near tau may then be active in only one of them. Such
+    experts are few, so noise is drawn ``NOISE_DRAWS`` times.
+
+    Returns:
+        The largest relative RMS error of a row of logits over the draws, times ``NOISE_MARGIN``.
     """
     generator = torch.Generator(expected_RV.device).manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""One side of ``prunepath bench decode``, dense or sparse: its steps made fast in several modes, checked and timed.
+"""One side of ``prunepath bench decode``, dense or sparse: its steps compiled in several modes, checked and timed.
 
 Shapes: R rows of logits, V vocabulary.
 """
@@ -18,35 +18,35 @@ from torch_prunepath.bench.options import MODES, DecodeOptions
 from torch_prunepath.bench.timing import Peak, Timing, peak_memory, timed
 
 CHECKED_CALLS = 4
-"""Calls whose logits are compared: the first ones, as each takes an eager call too."""
+"""Number of calls, the first ones, whose logits are compared. Each needs an eager call too; 4 is a guess."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One side's times by mode, and its peak memory."""
+    """The times of one side by mode, and its peak memory."""
 
     times: dict[str, Timing]
     peak: Peak
 
     @property
     def best(self) -> str:
-        """The fastest mode."""
+        """Name of the fastest mode."""
         return min(self.times, key=lambda mode: self.times[mode].median_us)
 
     @property
     def timing(self) -> Timing:
-        """The times of the fastest mode."""
+        """Times of the fastest mode."""
         return self.times[self.best]
 
 
 def ready_steps(work: Work, modes: Sequence[str], backend: str, what: str) -> dict[str, Step]:
-    """The work's step in each mode; ``what`` names it in the progress bar."""
+    """Prepare the work's step in each mode; ``what`` names the step in the progress bar."""
     bar = tqdm(modes, desc=f"compiling {what}", unit="mode", disable=None, leave=False)
     return {mode: work.prepared(MODES[mode], backend) for mode in bar}
 
 
 def time_steps(work: Work, steps: Mapping[str, Step], options: DecodeOptions) -> Measured:
-    """Time the steps by turns."""
+    """Time the steps in turn, and measure the peak memory of running each once."""
 
     def turn(step: Step) -> Callable[[], Any]:
         return lambda: work.turn(step)
@@ -66,14 +66,14 @@ def time_steps(work: Work, steps: Mapping[str, Step], options: DecodeOptions) ->
 
 
 def check_steps(work: Work, steps: Mapping[str, Step], expected_RV: Tensor, bound: float, what: str) -> float:
-    """The largest error over the modes.
+    """Check the logits of each mode, and return the largest error over the modes.
 
     Args:
-        work: what the steps belong to.
-        steps: by mode.
-        expected_RV: logits of the first ``CHECKED_CALLS`` calls.
-        bound: largest relative RMS error.
-        what: names the side in the message.
+        work: the work that the steps belong to.
+        steps: steps by mode.
+        expected_RV: logits that the first ``CHECKED_CALLS`` calls should give.
+        bound: largest relative RMS error allowed.
+        what: name of the side, for the message.
 
     Raises:
         WrongResult: if an error is above the bound.
@@ -85,5 +85,5 @@ def check_steps(work: Work, steps: Mapping[str, Step], expected_RV: Tensor, boun
 
 
 def describe(work: Work) -> str:
-    """The work in words."""
+    """Describe the work in words."""
     return f"decoding at batch {work.batch}" if work.phase == "decode" else f"a prompt of {work.tokens} tokens"

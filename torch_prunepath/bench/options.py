@@ -1,4 +1,7 @@
-"""What ``prunepath bench`` takes, checked before anything is loaded. Nothing heavy is imported here: help is quick."""
+"""The options of ``prunepath bench``, checked before anything is loaded.
+
+Nothing heavy is imported here, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,16 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES: Mapping[str, str] = MappingProxyType({"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"})
-"""torch's names of the dtypes."""
+"""Names of the dtypes in torch, by their names on the command line."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How a function is made fast.
+    """A way to make a function fast.
 
     Attributes:
-        compile: ``torch.compile``'s mode; None: not compiled.
-        capture: record a CUDA graph of it.
+        compile: mode of ``torch.compile``; None: the function is not compiled.
+        capture: record a CUDA graph of the function.
         combo_kernels: let Inductor join small kernels that do not depend on each other.
     """
 
@@ -51,17 +54,19 @@ graph; CUDA only."""
 DEFAULT_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"cpu": ("default",), "cuda": ("graph", "graph-combo", "reduce-overhead", "graph-max-autotune")}
 )
-"""Modes of the dense model that are tried unless others are asked for: its best is the baseline, so all that may be."""
+"""Modes of the dense model that are tried by default, by device. The fastest is the baseline, so every mode that may be
+the fastest is tried."""
 
 DEFAULT_SPARSE_MODES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"cpu": ("default",), "cuda": ("graph", "graph-combo")}
 )
-"""Modes of the sparse model that are tried unless others are asked for."""
+"""Modes of the sparse model that are tried by default, by device. On CUDA there are fewer than for the dense model; no
+record says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What both benchmarks take.
+    """The options that both benchmarks take.
 
     Attributes:
         geometries: known models' sizes by name, or models' folders.
@@ -113,14 +118,14 @@ class BenchOptions:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device."""
+        """The device as a torch object."""
         import torch
 
         return torch.device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of weights and activations."""
+        """The dtype of weights and activations as a torch object."""
         import torch
 
         found: torch.dtype = getattr(torch, DTYPES[self.dtype])
@@ -136,17 +141,17 @@ def _check_cuda() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FFNOptions(BenchOptions):
-    """One FFN, layers rotated past the last cache."""
+    """The options of ``prunepath bench ffn``, which times one FFN at a time, without help from the caches."""
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens a call: batches and prompts alike, without repetition, in order."""
+        """Numbers of tokens a call, from batches and prompts together, sorted and without repetition."""
         return sorted({*self.batches, *self.prompt_lengths})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions(BenchOptions):
-    """A whole model, compiled, decoding from a static cache.
+    """The options of ``prunepath bench decode``, which times a whole compiled model decoding from a static cache.
 
     Attributes:
         context: tokens in the cache when decoding starts.
@@ -180,16 +185,16 @@ class DecodeOptions(BenchOptions):
             raise UserError(f"--output replaces its folder, and --profile {self.profile} with it: choose another place")
         for mode in {*self.dense_modes, *self.all_sparse_modes}:
             if mode not in MODES:
-                raise UserError(f"mode {mode!r} is not known: choose of {', '.join(MODES)}")
+                raise UserError(f"mode {mode!r} is not known: choose one of {', '.join(MODES)}")
             if MODES[mode].capture and self.device != "cuda":
                 raise UserError(f"mode {mode} records a CUDA graph: leave it out, or add --device cuda")
 
     @property
     def dense_modes(self) -> Sequence[str]:
-        """The modes asked for, or the device's default ones."""
+        """Modes of the dense model: those asked for, or the device's default modes."""
         return self.modes or DEFAULT_MODES[self.device]
 
     @property
     def all_sparse_modes(self) -> Sequence[str]:
-        """Likewise for the sparse model."""
+        """Modes of the sparse model: those asked for, or the device's default modes."""
         return self.sparse_modes or DEFAULT_SPARSE_MODES[self.device]

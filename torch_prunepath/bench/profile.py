@@ -1,7 +1,7 @@
-"""``--profile``: where the time of one call goes, kernel by kernel on CUDA and operator by operator on CPU.
+"""The option ``--profile``: where the time of one call goes, by kernel on CUDA and by operator on CPU.
 
-A CUDA graph is replayed as it is timed: the profiler sees the kernels inside. Kernels that overlap are listed with
-their full times, so that their sum may exceed the call's own. Times of later calls may suffer: before CUDA 12.6 the
+A CUDA graph is replayed as when it is timed, and the profiler sees the kernels inside. Kernels that overlap are listed
+with their full times, so their sum may exceed the time of the call. Later calls may be slower: before CUDA 12.6 the
 profiler leaves its callbacks in place.
 """
 
@@ -21,12 +21,12 @@ from torch_prunepath.console.errors import UserError, write_error
 from torch_prunepath.console.report import aligned
 
 LONGEST_NAME = 100
-"""Characters of a kernel's name that are shown: templates spell out all their arguments."""
+"""Largest number of characters of a kernel's name that are shown: names of C++ templates hold all their arguments."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel or operator: how often a call starts it, and microseconds of its own in all."""
+    """A kernel or operator: its name, how often a call starts it, and its own time in all, in microseconds."""
 
     name: str
     count: int
@@ -34,10 +34,10 @@ class Entry:
 
 
 def start_profiles(options: DecodeOptions) -> None:
-    """Empty the file, if one is wanted.
+    """Empty the file of profiles, if one is wanted.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
     if options.profile is not None:
         with _writing(options.profile):
@@ -47,10 +47,10 @@ def start_profiles(options: DecodeOptions) -> None:
 def add_profile(options: DecodeOptions, title: str, work: Work, step: Step) -> None:
     """Profile one call of ``step``, which belongs to ``work``, and add its table to the file, if one is wanted.
 
-    It is written at once: a long run may end before its last table. ``title`` says whose it is.
+    The table is written at once, as a long run may end before its last table. ``title`` is the table's title.
 
     Raises:
-        UserError: if there is nothing to see, or the file cannot be written.
+        UserError: if the profiler sees nothing, or the file cannot be written.
     """
     if options.profile is None:
         return
@@ -69,7 +69,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def entries_of(work: Work, step: Step, device: torch.device) -> list[Entry]:
-    """What one call starts, the longest first; rewinds before and afterwards.
+    """Return the kernels or operators that one call starts, the longest first; rewind before and afterwards.
 
     Raises:
         UserError: if the profiler sees nothing.
@@ -97,7 +97,7 @@ def entries_of(work: Work, step: Step, device: torch.device) -> list[Entry]:
 
 
 def render(title: str, entries: Sequence[Entry]) -> str:
-    """A table, and the sums at its end."""
+    """Render the entries as a table with sums at its end."""
     count, total = sum(entry.count for entry in entries), sum(entry.us for entry in entries)
     lines = [("", "calls", "us", "us each", "share")]
     lines += [

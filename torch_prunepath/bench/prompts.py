@@ -1,6 +1,6 @@
-"""Prompts of different lengths, one after the other: how long each takes from its first token read to its last written.
+"""Prompts of different lengths, one after the other: how long each takes to be read and continued.
 
-The host's clock is read before the prompt is handed over and after the last token is there, as a caller would.
+The host's clock is read before the prompt is passed to the model and after the last new token is there.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch_prunepath.bench.decoder import Decoder, read_prompt
 from torch_prunepath.bench.options import MODES, DecodeOptions
 
 REPEATS = 3
-"""Times that each prompt is run: the median of three leaves out one that something else disturbed."""
+"""Number of runs of each prompt: the median of three ignores one run that was disturbed."""
 
 SHORTEST = 16
-"""Tokens of the shortest prompt: about a question."""
+"""Tokens of the shortest prompt, about as many as a question has."""
 
 
 def lengths(count: int, longest: int) -> list[int]:
-    """Prompt lengths from ``SHORTEST`` (or less) to ``longest``, evenly spaced."""
+    """Return ``count`` evenly spaced prompt lengths from ``SHORTEST``, or less, to ``longest``."""
     first = min(SHORTEST, longest)
     return [round(first + (longest - first) * i / max(count - 1, 1)) for i in range(count)]
 
 
 class Prompts:
-    """Prompts of up to ``context`` tokens for a dense or sparse model, batch 1; each goes on for ``new_tokens`` tokens.
+    """Prompts of different lengths for a dense or sparse model, read and continued one by one.
 
-    Everything is compiled when this is built: the decoding step in one of ``MODES``, the reading of prompts for any
-    length.
+    The longest has ``context`` tokens, and each is continued by ``new_tokens`` tokens. Everything is compiled when the
+    object is built: the decoding step in one of ``MODES``, and reading prompts of any length.
 
     Attributes:
-        decoder: the longest prompt, when this has just been built.
+        decoder: the decoder that all prompts use. It holds the longest prompt when the object has just been built.
     """
 
     def __init__(self, name: str, model: Any, options: DecodeOptions, mode: str, backend: str) -> None:
@@ -57,7 +57,7 @@ class Prompts:
 
     @torch.no_grad()
     def measure(self) -> list[dict[str, Any]]:
-        """Median latency of each prompt in milliseconds."""
+        """Measure the median latency of each prompt, in milliseconds."""
         found = []
         bar = tqdm(self._prompts, desc=f"{self._name}: prompts", unit="prompt", disable=None, leave=False)
         for number, prompt_1C in enumerate(bar):
@@ -90,7 +90,14 @@ def _wait(tensor: Tensor) -> None:
 def paired(
     dense: Sequence[dict[str, Any]], sparse: Sequence[dict[str, Any]], sparsity: float, realised: float
 ) -> list[dict[str, Any]]:
-    """One entry a prompt, both sides; ``sparsity`` was asked for, ``realised`` found on the longest prompt."""
+    """Join both sides' results of each prompt.
+
+    Args:
+        dense: results of the dense model by prompt.
+        sparse: results of the sparse model by prompt.
+        sparsity: sparsity that was asked for.
+        realised: sparsity that was realised on the longest prompt.
+    """
     about = {"sparsity": sparsity, "realised_sparsity": realised}
     pairs = zip(dense, sparse, strict=True)
     return [{**_shared(d), **about, **_side("dense", d), **_side("sparse", s)} for d, s in pairs]

@@ -1,4 +1,4 @@
-"""What both benchmarks report: metadata, JSON, table, plot."""
+"""The report of both benchmarks: metadata, JSON, table and plot."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from torch_prunepath.console.output import RESULTS, is_output_of, output_folder,
 from torch_prunepath.console.plot import new_figure
 
 PLOT = "speedup.png"
+"""Name of the plot's file in the output folder."""
 
 
 def begin(command: str, options: BenchOptions, command_line: str, bandwidth: float) -> dict[str, Any]:
-    """The results object, without rows yet."""
+    """Start the results: metadata, and no rows yet."""
     machine = report.machine()
     machine["versions"]["triton"] = _version("triton")
     return {
@@ -46,7 +47,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file is in, with "-dirty" if files differ; None outside a checkout."""
+    """Return the commit of this file's checkout, with "-dirty" if files differ; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -58,7 +59,7 @@ def commit() -> str | None:
 
 
 def announce(row: Mapping[str, Any]) -> None:
-    """Say on standard error what was just measured: a long run may end before its table."""
+    """Write the row to standard error at once, as a long run may end before its table."""
     tqdm.write("  ".join(_cells(row)), file=sys.stderr)
 
 
@@ -78,7 +79,7 @@ def finish(results: dict[str, Any], output: Path | None) -> dict[str, Any]:
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The results as people read them."""
+    """Render the results as text for people."""
     hardware = results["hardware"]
     chip = hardware.get("gpu") if results["device"] == "cuda" else f"{hardware['cpu']}, {hardware['threads']} threads"
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -131,7 +132,7 @@ def _prompt_line(prompt: Mapping[str, Any]) -> str:
 
 
 def lines_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows that one line of the plot joins, by its label, in order of realised sparsity."""
+    """Group the rows by the line of the plot that joins them, in order of realised sparsity; keys are labels."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         what = f"{row['phase']} {row['tokens']}" if row["phase"] == "prefill" else f"batch {row['batch']}"
@@ -140,7 +141,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 
 def _plot(results: Mapping[str, Any], folder: Path, output: Path) -> str | None:
-    """Save the plot; None, and a line that says how to get it, where matplotlib is missing."""
+    """Save the plot and return its path; without matplotlib, print how to install it and return None."""
     figure = new_figure(7, 4.5)
     if figure is None:
         return None
@@ -159,10 +160,10 @@ def _plot(results: Mapping[str, Any], folder: Path, output: Path) -> str | None:
 
 
 def clean(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, if every number in it is finite.
+    """Return the row if every number in it is finite.
 
     Raises:
-        ValueError: if one is not.
+        ValueError: if a number is not finite.
     """
     bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:

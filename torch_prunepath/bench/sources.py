@@ -1,4 +1,4 @@
-"""What ``prunepath bench ffn`` times for one name: layers, and the inputs that they receive.
+"""The layers that ``prunepath bench ffn`` times for one name, and the inputs that they receive.
 
 Shapes: N tokens to draw from, T tokens, D hidden size.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torch_prunepath.bench.geometry import Geometry, resolve
-from torch_prunepath.bench.layers import SCORE_SPREAD, Layer, random_layer
+from torch_prunepath.bench.layers import SCORE_SPREAD, TimedFFN, random_layer
 from torch_prunepath.bench.options import FFNOptions
 from torch_prunepath.bench.timing import cache_bytes, free_bytes
 from torch_prunepath.checkpoint import load
@@ -32,17 +32,18 @@ from torch_prunepath.layer.manifest import METHOD
 from torch_prunepath.layer.views import sparse_views
 
 CACHES = 4
-"""How many times one pass over the layers reads more than the last cache holds, also at the highest sparsity: with 4,
-what a layer left in the cache is gone when its turn comes again."""
+"""Bytes that one pass over the layers reads at the highest sparsity, as a multiple of the last cache's size. It must be
+above 1, so that a layer's weights have left the cache when the layer is called again; 4 is a guess."""
 
 MEMORY_SHARE = 0.4
-"""Largest share of the free memory for the layers of one geometry: inputs, outputs and graphs need the rest."""
+"""Largest share of the free memory for the layers of one geometry: inputs, outputs and graphs need the rest. 0.4 is a
+guess."""
 
 CPU_BYTES = 4 << 30
-"""Most bytes for the layers of one geometry on CPUs: more would take minutes to draw."""
+"""Largest number of bytes of the layers of one geometry on CPUs: random weights for more would take minutes to draw."""
 
 WINDOW = 256
-"""Tokens of text that a model reads at once to yield its layers' inputs."""
+"""Tokens of text that a model reads at once to give its layers' inputs. A guess."""
 
 RANDOM_WEIGHTS = (
     "random weights N(0, 1/fan-in), random inputs N(0, 1), random routers whose scores have a standard "
@@ -52,21 +53,24 @@ RANDOM_WEIGHTS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Layers in the order in which a timed pass calls them, and each one's inputs ``[N, D]``.
+    """Layers to time, and inputs for them.
 
     Attributes:
-        weights: where weights, inputs and routers come from, for people.
+        name: name of the geometry or folder.
+        weights: a text that says where weights, inputs and routers come from.
         routers: ``"random"`` or ``"own"``.
+        layers: layers in the order in which a timed pass calls them.
+        pools: inputs of each layer to choose from, ``[N, D]``.
     """
 
     name: str
     weights: str
     routers: str
-    layers: list[Layer]
+    layers: list[TimedFFN]
     pools: list[Tensor]
 
     def inputs(self, tokens: int) -> list[Tensor]:
-        """``[T, D]`` for each layer: tokens spread over what there is."""
+        """Choose ``tokens`` inputs of each layer, ``[T, D]``, evenly spread over its pool."""
         # From the middle of equal parts: the first token of a text is unlike all others.
         available = len(self.pools[0])
         picks = [(2 * i + 1) * available // (2 * tokens) for i in range(tokens)]
@@ -74,26 +78,30 @@ class Source:
 
 
 def open_source(name: str, options: FFNOptions) -> Source:
-    """Make or load what ``name`` stands for.
+    """Make the layers of a geometry, or load those of a model's folder.
 
     Raises:
-        UserError: if it is no geometry and no folder of a model, or has no FFN to time.
+        UserError: if ``name`` is neither a geometry nor a model's folder, or the model cannot be loaded.
+        ValueError: if the model has no FFN to time.
     """
     found = resolve(name)
     return _random(found, options) if isinstance(found, Geometry) else _own(found, options)
 
 
-def layers_wanted(layer: Layer, options: FFNOptions) -> int:
-    """Layers for a pass past the caches, as memory permits; at least 2, but for an option that says otherwise."""
+def layers_wanted(layer: TimedFFN, options: FFNOptions) -> int:
+    """Return how many layers a pass needs to exceed the caches.
+
+    It is at least 2, and otherwise no more than memory has room for. ``--layers`` overrides it.
+    """
     if options.layers is not None:
         return options.layers
     device = options.torch_device
     active = (1 - max(options.sparsities)) * layer.neuron_bytes + layer.router_bytes
-    held = layer.neuron_bytes + layer.down_DF.nbytes + layer.router_bytes
+    stored = layer.neuron_bytes + layer.down_DF.nbytes + layer.router_bytes
     room = MEMORY_SHARE * free_bytes(device)
     if device.type == "cpu":
         room = min(room, CPU_BYTES)
-    return max(2, min(math.ceil(CACHES * cache_bytes(device) / active), int(room / held)))
+    return max(2, min(math.ceil(CACHES * cache_bytes(device) / active), int(room / stored)))
 
 
 # --- random -----------------------------------------------------------------------------------------------------------
@@ -102,7 +110,7 @@ def layers_wanted(layer: Layer, options: FFNOptions) -> int:
 def _random(geometry: Geometry, options: FFNOptions) -> Source:
     device, dtype = options.torch_device, options.torch_dtype
 
-    def layer(index: int) -> Layer:
+    def layer(index: int) -> TimedFFN:
         return random_layer(geometry, dtype, device, options.expert_size, options.gate, options.seed + index)
 
     first = layer(0)
@@ -117,7 +125,11 @@ def _random(geometry: Geometry, options: FFNOptions) -> Source:
 
 
 def is_sparse_checkpoint(folder: Path) -> bool:
-    """Whether the folder's configuration says that ``sparsify`` made the model."""
+    """Whether the folder's configuration says that the model was made by ``sparsify``.
+
+    Raises:
+        UserError: if the configuration cannot be read.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -126,10 +138,10 @@ def is_sparse_checkpoint(folder: Path) -> bool:
 
 
 def load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model in a folder, dense or sparse, in evaluation mode on the device.
+    """Load the model in a folder, dense or sparse, in evaluation mode on the device.
 
     Raises:
-        UserError: if it cannot be loaded.
+        UserError: if the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -158,7 +170,7 @@ def _own(folder: Path, options: FFNOptions) -> Source:
 
 
 def _token_ids(folder: Path, model: Any, tokens: int) -> tuple[Tensor, str]:
-    """Windows ``[B, C]`` of at least ``tokens`` ids in all, and what they are."""
+    """Return windows ``[B, C]`` of at least ``tokens`` token ids in all, and a text that says where they come from."""
     length = min(WINDOW, longest_context(model))
     rows = -(-max(tokens, WINDOW) // length)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -177,7 +189,7 @@ def _token_ids(folder: Path, model: Any, tokens: int) -> tuple[Tensor, str]:
 
 
 def _receive(model: Any, views: list[FFNView], ids_BC: Tensor) -> list[Tensor]:
-    """What each FFN receives while the model reads the windows, ``[N, D]``."""
+    """Record the inputs of each FFN while the model reads the windows, ``[N, D]`` each."""
     received: dict[str, list[Tensor]] = {view.site: [] for view in views}
 
     def watch(site: str) -> Any:
@@ -201,8 +213,8 @@ def _receive(model: Any, views: list[FFNView], ids_BC: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _layer(view: FFNView, options: FFNOptions) -> Layer:
-    """A model's FFN; with its own router if it is sparse, else with a random one of unit-variance weights."""
+def _layer(view: FFNView, options: FFNOptions) -> TimedFFN:
+    """Take an FFN out of a model, with its own router if it is sparse, else with a random one of weights N(0, 1)."""
     site = view.up if view.spec.split else view.owner
     up_FD, gate_FD, down_FD = view.up_FD, view.gate_FD, view.down_FD.contiguous()
     device, dtype = up_FD.device, up_FD.dtype
@@ -219,7 +231,7 @@ def _layer(view: FFNView, options: FFNOptions) -> Layer:
         shape = num_experts(view.spec.ffn_size, size), view.spec.hidden_size
         router_ED = torch.randn(shape, generator=generator, device=device).to(dtype)
         router_bias_E = None
-    return Layer(
+    return TimedFFN(
         up_FD=up_FD.detach().contiguous(),
         up_bias_F=_detached(view.up_bias_F),
         gate_FD=None if gate_FD is None else gate_FD.detach().contiguous(),
@@ -243,7 +255,7 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _spread(layer: Layer, x_ND: Tensor) -> Layer:
-    """The layer with its random router scaled: scores spread by ``SCORE_SPREAD`` over the experts of a token."""
+def _spread(layer: TimedFFN, x_ND: Tensor) -> TimedFFN:
+    """Scale the random router of a layer so that the scores of a token spread by ``SCORE_SPREAD`` over the experts."""
     spread = (x_ND.float() @ layer.router_ED.float().t()).std(-1).mean()
     return replace(layer, router_ED=layer.router_ED * (SCORE_SPREAD / spread).to(layer.router_ED.dtype))

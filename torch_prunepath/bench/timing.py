@@ -1,6 +1,6 @@
-"""Clocks: CUDA graphs timed with events, CPU calls timed by turns; copy bandwidth, cache size, peak memory.
+"""Timing of CUDA graphs and CPU calls, and measurements of copy bandwidth, cache size and peak memory.
 
-The memory floor is the time that reading the bytes alone would take: see :class:`Traffic`.
+The memory floor is the time that reading the bytes alone would take, see :class:`Traffic`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ import torch
 Call = Callable[[], Any]
 
 FEWEST_ROUNDS = 5
-"""Rounds that are timed however long they take: with fewer, an inter-quartile range says nothing."""
+"""Smallest number of rounds, however long they take: with fewer, an inter-quartile range means nothing."""
 
 MOST_ROUNDS = 500
-"""Rounds that are timed however short they are: more do not move a median."""
+"""Largest number of rounds, however short they are: more hardly change a median. A guess."""
 
 CPU_COPY_BYTES = 256 << 20
-"""Size of the copy that bandwidth is measured with on CPUs: beyond the largest caches, and soon done."""
+"""Size of the copy that measures bandwidth on CPUs: larger than most caches, and done quickly."""
 
 CUDA_COPY_BYTES = 1 << 30
-"""Size of that copy on CUDA devices, which are faster."""
+"""Size of the copy that measures bandwidth on CUDA devices: larger than on CPUs because the devices are faster."""
 
 COVER_BYTES = 512 << 20
-"""Summed before each timed CUDA call: the host queues the call while the device is busy with this. It also clears the
-cache, and as it writes nothing, it leaves no writing back to whatever comes next."""
+"""Bytes that are summed before each timed CUDA call. While the device is busy with the sum, the host queues the call.
+The sum also clears the cache, and as it only reads, the timed call need not write anything back. The size is a guess.
+"""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: median, minimum and inter-quartile range over the rounds."""
+    """Time of one call in microseconds: median, minimum and inter-quartile range over the rounds."""
 
     median_us: float
     min_us: float
@@ -46,7 +47,7 @@ class Timing:
 
     @classmethod
     def of(cls, samples_us: Sequence[float], calls: int) -> Timing:
-        """From the times of rounds of ``calls`` calls each."""
+        """Compute the timing from the times of rounds that make ``calls`` calls each."""
         each = sorted(sample / calls for sample in samples_us)
         low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
         return cls(statistics.median(each), each[0], high - low, len(each))
@@ -60,14 +61,14 @@ def timed(
     seconds: float,
     before: Call | None = None,
 ) -> dict[str, Timing]:
-    """Time several things by turns, so that a drifting clock rate meets all of them alike.
+    """Time several runs in turn, so that a drifting clock rate affects all of them alike.
 
     Args:
-        runs: what to time, by name; each makes ``calls`` calls. On CUDA they should be graph replays.
-        device: where they run.
-        calls: calls a run makes.
-        seconds: about how long to go on, a thing; at least ``FEWEST_ROUNDS`` rounds whatever it takes.
-        before: done ahead of every run, untimed.
+        runs: the runs by name; each makes ``calls`` calls. On CUDA they should be graph replays.
+        device: the device on which they run.
+        calls: number of calls that a run makes.
+        seconds: about how long to time each run; at least ``FEWEST_ROUNDS`` rounds are timed.
+        before: a function that is called before every run and not timed.
     """
     clock = _cuda_rounds if device.type == "cuda" else _cpu_rounds
     with torch.no_grad():
@@ -112,8 +113,8 @@ class Captured:
     """A call recorded as a CUDA graph. Calling it replays the graph and returns the recorded call's own output.
 
     Args:
-        call: works on tensors that stay where they are; called four times, the last time under capture.
-        before: done ahead of every one of these calls, outside the graph.
+        call: a function on tensors that stay where they are; it is called four times, the last time under capture.
+        before: a function that is called before each of these calls, outside the graph.
     """
 
     def __init__(self, call: Call, before: Call | None = None) -> None:
@@ -133,24 +134,24 @@ class Captured:
             self._output = call()
 
     def __call__(self) -> Any:
-        """Replay."""
+        """Replay the graph, and return the recorded call's output."""
         self._graph.replay()
         return self._output
 
 
 def ready(call: Call, device: torch.device) -> Call:
-    """The call as it is timed: a CUDA graph on CUDA, itself on CPU."""
+    """Return the call as it is timed: recorded as a CUDA graph on CUDA, unchanged on CPU."""
     return Captured(call) if device.type == "cuda" else call
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that dense and sparse must read in one call, and the copy bandwidth measured in the same run.
+    """Bytes that a dense and a sparse call must read, and the copy bandwidth measured in the same run.
 
     Attributes:
-        dense_bytes: what the dense call reads.
-        sparse_bytes: what the sparse call reads, routers included.
-        bandwidth: bytes read and written a second by a large copy.
+        dense_bytes: bytes that the dense call reads.
+        sparse_bytes: bytes that the sparse call reads, routers included.
+        bandwidth: bytes that a large copy reads and writes in a second.
     """
 
     dense_bytes: float
@@ -159,11 +160,11 @@ class Traffic:
 
     @property
     def floor_speedup(self) -> float:
-        """Speed-up of a sparse call at the floor over a dense call at the floor."""
+        """Speed-up of sparse over dense if both calls took only the time that reading their bytes takes."""
         return self.dense_bytes / self.sparse_bytes
 
     def row(self, dense_us: float, sparse_us: float) -> dict[str, Any]:
-        """The columns of a table's row that compare two measured times, in microseconds, with the floor."""
+        """Return the columns of a row that compare two measured times, in microseconds, with the memory floor."""
         speedup = dense_us / sparse_us
         dense_rate, sparse_rate = self.dense_bytes / dense_us * 1e6, self.sparse_bytes / sparse_us * 1e6
         return {
@@ -183,7 +184,7 @@ class Traffic:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy, the median of several."""
+    """Measure the bytes that a large copy reads and writes in a second, as the median of several."""
     size = CUDA_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -192,7 +193,10 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory: L2 on CUDA, the largest that the system names on CPU (or 32 MiB)."""
+    """Return the size of the last cache before memory: L2 on CUDA, the largest that the system lists on CPU.
+
+    If the system lists none, it is 32 MiB, a guess.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -200,7 +204,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device."""
+    """Return the bytes of memory that are free on the device; 4 GiB, a guess, where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
@@ -209,7 +213,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 class Peak:
-    """Peak memory of a block, and how much more that is than at its start; see :func:`peak_memory`.
+    """Peak memory of a block in bytes, and how much more that is than at its start; see :func:`peak_memory`.
 
     Both are None until the block has ended, and where the system does not tell.
     """
@@ -218,15 +222,16 @@ class Peak:
     growth: int | None = None
 
     def row(self) -> dict[str, int | None]:
-        """The columns of a table's row on memory."""
+        """Return the columns of a row that are about memory."""
         return {"peak_bytes": self.bytes, "peak_growth_bytes": self.growth}
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Peak memory of a block, weights and all else from before it included.
+    """Measure the peak memory of a block, including weights and everything else from before it.
 
-    On CUDA, the most that tensors held; on CPU, the process's largest resident memory, which only Linux tells.
+    On CUDA it is the largest memory of all tensors; on CPU, the process's largest resident memory, which only Linux
+    tells.
     """
     peak = Peak()
     if device.type == "cuda":

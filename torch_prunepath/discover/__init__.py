@@ -1,4 +1,4 @@
-"""Where the feed-forward networks of a model are, found by what modules compute."""
+"""Finding the feed-forward networks of a model by what its modules compute."""
 
 from torch_prunepath.discover.find import Discovery, Refusal, discover, find_ffns, summary
 

@@ -1,9 +1,9 @@
 """Finding the feed-forward networks (FFNs) of a model by what they compute.
 
-Linear layers ``[D] -> [F]`` (or fused ``[D] -> [2F]``) and ``[F] -> [D]`` close to each other make the module above
-them a candidate. Its own ``forward`` is run on stand-ins (:mod:`torch_prunepath.discover.stand_ins`): the first layers
-give out known numbers, and what reaches the last one tells the activation, the gating and its order
-(:mod:`torch_prunepath.discover.recognise`). No class name and no table of architectures is consulted.
+A module is a candidate if it holds linear layers ``[D] -> [F]`` (or fused ``[D] -> [2F]``) and ``[F] -> [D]`` close to
+each other. Its own ``forward`` is run on stand-ins (:mod:`torch_prunepath.discover.stand_ins`): the first layers return
+known numbers, and the input of the last one shows the activation, the gating and its order
+(:mod:`torch_prunepath.discover.recognise`). Class names and tables of architectures are not used.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from torch_prunepath.discover.linears import (
 from torch_prunepath.discover.recognise import Trials
 from torch_prunepath.discover.stand_ins import Refused, Trace, has_forward, trace
 
-# How far below a module the two linear layers of an FFN split over its submodules may lie (BERT: layer.output.dense).
 _SPLIT_DEPTH = 2
+"""Largest depth below a module of the two linear layers of an FFN that is split over its submodules, as BERT needs
+(``layer.output.dense``)."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A module that looked like an FFN by the sizes of its weights, and why it is not taken as one."""
+    """A module whose weights have the sizes of an FFN, and the reason why it is not taken as one."""
 
     name: str
     reason: str
@@ -45,19 +46,19 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What was found in a model: the FFNs, and the modules that were looked at and refused, both in module order."""
+    """The result of a search in a model: its FFNs, and the modules that were refused, both in module order."""
 
     specs: tuple[FFNSpec, ...]
     refused: tuple[Refusal, ...]
 
 
 def find_ffns(model: nn.Module) -> list[FFNSpec]:
-    """Every FFN of ``model`` that can be made sparse, in module order.
+    """Find every FFN of ``model`` that can be made sparse, in module order.
 
-    The model may be on any device, the meta device included, in any dtype, in training or not; it is not changed.
+    The model may be on any device (the meta device too), in any dtype, and in training mode or not. It is not changed.
 
     Raises:
-        ValueError: if there is none. The message lists what was looked at and why it was refused.
+        ValueError: if there is none. The message lists the modules that were refused, and why.
     """
     found = discover(model)
     if found.specs:
@@ -71,7 +72,7 @@ def find_ffns(model: nn.Module) -> list[FFNSpec]:
 
 
 def discover(model: nn.Module) -> Discovery:
-    """Every FFN of ``model`` that can be made sparse, and what was refused; see :func:`find_ffns`."""
+    """Find every FFN of ``model`` that can be made sparse, as :func:`find_ffns` does, and the modules refused."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         search = _Search(model)
         search.visit("", model)
@@ -82,13 +83,13 @@ def discover(model: nn.Module) -> Discovery:
 
 
 def summary(refused: Sequence[Refusal]) -> str:
-    """One line for each reason, with the indices of repeated layers left out."""
+    """List the refusals, one line for each name and reason; indices of repeated layers become ``*``."""
     lines = Counter(f"{re.sub(r'[0-9]+(?![^.])', '*', r.name) or '(the model)'}: {r.reason}" for r in refused)
     return "\n".join(f"  {line}" + (f" ({count} times)" if count > 1 else "") for line, count in lines.items())
 
 
 class _Search:
-    """One walk through a model."""
+    """The search for FFNs in one model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.specs: list[FFNSpec] = []
@@ -102,7 +103,7 @@ class _Search:
         self._holders = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
 
     def visit(self, name: str, module: nn.Module) -> list[LinearAt]:
-        """Look for FFNs in ``module``, innermost first. Returns the linear layers in it that are part of none."""
+        """Look for FFNs in ``module``, innermost first; return its linear layers that belong to no FFN."""
         if module in self._seen:
             return []
         self._seen.add(module)
@@ -133,7 +134,7 @@ class _Search:
         return problem_of(module)
 
     def _examine(self, name: str, module: nn.Module, free: list[LinearAt]) -> list[LinearAt]:
-        """Try ``module`` as an FFN, whole or split. Returns the layers that are still free."""
+        """Try ``module`` as an FFN, whole or split; return the layers that still belong to no FFN."""
         near = [layer for layer in free if relative(layer.name, name).count(".") < _SPLIT_DEPTH]
         pairs = [(u, d) for u in near for d in near if fits(u, d) and not self._nested(name, u, d)]
         may_be_whole = len(free) in (2, 3) and any(all(fits(u, d) for u in free if u is not d) for d in free)
@@ -163,7 +164,7 @@ class _Search:
         return left
 
     def _nested(self, name: str, *layers: LinearAt) -> bool:
-        """Whether all layers lie in one submodule with a ``forward`` of its own, where they were tried already."""
+        """Whether all layers lie in one submodule that has its own ``forward``, where they were tried already."""
         inner = common_ancestor(*(layer.name for layer in layers))
         while inner != name:
             if has_forward(self._model.get_submodule(inner)):
@@ -179,7 +180,11 @@ class _Search:
         free: list[LinearAt],
         refusals: list[Refused],
     ) -> list[LinearAt]:
-        """Take every split FFN among ``pairs``; note in ``refusals`` why others are none. Returns what is free."""
+        """Take every split FFN among ``pairs``, and add to ``refusals`` why others are not taken.
+
+        Returns:
+            The layers that still belong to no FFN.
+        """
         for up in dict.fromkeys(up for up, _ in pairs):
             downs = [down for u, down in pairs if u is up and down in free]
             if up not in free or not downs:
@@ -195,7 +200,7 @@ class _Search:
         return free
 
     def _holds_gated(self, module: nn.Module, pairs: list[tuple[LinearAt, LinearAt]]) -> bool:
-        """Whether two layers are the gate and up of an FFN inside ``module.forward``; such a one cannot be split."""
+        """Whether two layers are gate and up of an FFN inside ``module.forward``; such an FFN cannot be split."""
         ups = dict.fromkeys(up for up, down in pairs if up.out_size == down.in_size)
         for two in combinations(ups, 2):
             downs = [down for up, down in pairs if up is two[0] and (two[1], down) in pairs and down not in two]
@@ -204,7 +209,7 @@ class _Search:
         return False
 
     def refuse_routed_experts(self) -> None:
-        """Take back FFNs that are a router's experts: they see few tokens each, and are chosen among as it is."""
+        """Refuse the FFNs that are experts of a router: the model chooses among them already."""
         siblings = defaultdict(list)
         for spec in self.specs:
             if not spec.split:
@@ -222,7 +227,11 @@ class _Search:
         self.specs = [spec for spec in self.specs if spec.split or spec.name not in refused]
 
     def _router_of(self, container: str, experts: list[FFNSpec]) -> str | None:
-        """Name of a layer beside the experts, with an output for each, that does not run after one of them."""
+        """Find the router of the experts: a layer beside them with an output for each, which does not run after them.
+
+        Returns:
+            The layer's name, or None if there is no such layer.
+        """
         above = container.rpartition(".")[0]
         block = self._model.get_submodule(above)
         inside = set(self._model.get_submodule(container).modules())

@@ -1,4 +1,4 @@
-"""The linear layers of a model: their sizes, and which of them can be part of a sparse feed-forward network (FFN).
+"""Linear layers of a model: their sizes, and which of them can be part of a sparse feed-forward network (FFN).
 
 Shapes: D hidden size, F neurons.
 """
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch_prunepath.layer.ffn import is_transposed
 
 _PACKAGE = __name__.partition(".")[0]
+"""Name of this package."""
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that can be made sparse."""
 
 
 @dataclass(frozen=True)
 class LinearAt:
-    """A linear layer ``[in_size] -> [out_size]`` by its qualified name."""
+    """A linear layer ``[in_size] -> [out_size]`` and its qualified name."""
 
     name: str
     module: nn.Module
@@ -27,12 +30,12 @@ class LinearAt:
 
 
 def fits(up: LinearAt, down: LinearAt) -> bool:
-    """Whether the sizes are an FFN's: ``[D] -> [F]``, or ``[D] -> [2F]`` with gate and up fused, and ``[F] -> [D]``."""
+    """Whether two layers have the sizes of an FFN: ``[D] -> [F]`` (``[D] -> [2F]`` if fused) and ``[F] -> [D]``."""
     return up is not down and down.out_size == up.in_size and up.out_size in (down.in_size, 2 * down.in_size)
 
 
 def common_ancestor(*names: str) -> str:
-    """Qualified name of the lowest module above all ``names``; "" is the root."""
+    """Return the qualified name of the lowest module above all ``names``; "" is the root."""
     shared = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:
@@ -42,17 +45,17 @@ def common_ancestor(*names: str) -> str:
 
 
 def relative(name: str, owner: str) -> str:
-    """``name`` as seen from the module ``owner`` above it."""
+    """Return ``name`` relative to the module ``owner`` above it."""
     return name.removeprefix(f"{owner}.") if owner else name
 
 
 def comes_from_here(module: nn.Module) -> bool:
-    """Whether the class of ``module`` comes from this package, or one that it derives from does."""
+    """Whether the class of ``module``, or a class that it derives from, comes from this package."""
     return any(cls.__module__.partition(".")[0] == _PACKAGE for cls in type(module).__mro__)
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) features of a linear layer, also of a quantised one; None for any other module."""
+    """Return the input and output features of a linear layer, also of a quantised one; None for any other module."""
     if is_transposed(module):
         weight = module.weight
         assert isinstance(weight, Tensor)
@@ -65,7 +68,7 @@ def sizes_of(module: nn.Module) -> tuple[int, int] | None:
 
 
 def problem_of(module: nn.Module) -> str | None:
-    """Why a module with :func:`sizes_of` cannot be part of a sparse FFN, or None if it can.
+    """Return the reason why a module that has :func:`sizes_of` cannot be part of a sparse FFN, or None if it can.
 
     It can if its weight is an ordinary floating point parameter that may be permuted in place, and if it computes
     ``x W^T + b`` and nothing else.
@@ -88,7 +91,7 @@ def problem_of(module: nn.Module) -> str | None:
 
 
 def _computes_linear(module: nn.Module) -> bool:
-    """Whether a linear layer with a ``forward`` of its own computes ``x W^T + b``, tried with small weights."""
+    """Whether a linear layer that has its own ``forward`` computes ``x W^T + b``, tried with small weights."""
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trying a module as a feed-forward network (FFN): which of its linear layers play which part, with which activation.
+"""Trying a module as a feed-forward network (FFN), to find the role of each linear layer and the activation function.
 
 Shapes: N probed tokens, D hidden size, F neurons.
 """
@@ -18,15 +18,18 @@ from torch_prunepath.config import FFNSpec
 from torch_prunepath.discover.linears import LinearAt, common_ancestor, fits, relative
 from torch_prunepath.discover.stand_ins import Opaque, Probe, Refused, Trace, inputs_of, leaves, trace
 
-# Factors that tell which nn.Dropout of a module a value went through.
 _MARKERS = (3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0, 23.0)
-# gelu and its tanh form differ by up to 4.7e-4; an activation written out with rounded constants by less than 1e-7.
+"""Factors by which the ``nn.Dropout`` modules of a module multiply. They are different primes, so a value tells through
+which dropout it went."""
+
 _TOLERANCE = 1e-5
+"""Largest relative or absolute difference between equal values. gelu and its tanh form differ by up to 4.7e-4; an
+activation function that is written with rounded constants differs by less than 1e-7."""
 
 
 @dataclass(frozen=True)
 class _Formula:
-    """What reaches ``down``: ``scale * act(gate) * up``; ``gate`` is an index into the first layers."""
+    """The input of ``down`` as ``scale * act(gate) * up``; ``gate`` is an index into the first layers."""
 
     activation: str
     scale: float
@@ -41,7 +44,7 @@ def _matches(got: Tensor, want: Tensor) -> bool:
 def _activation_of(
     hidden_NF: Tensor, gate_NF: Tensor, up_NF: Tensor | None, scales: Sequence[float]
 ) -> tuple[str, float] | None:
-    """Name and scale with which ``scale * act(gate) * up`` is ``hidden``, or None."""
+    """Find the activation's name and the scale with which ``scale * act(gate) * up`` is ``hidden``, or None."""
 
     def product(act: Callable[[Tensor], Tensor], columns: slice) -> Tensor:
         value = act(gate_NF[:, columns])
@@ -57,7 +60,7 @@ def _activation_of(
 
 
 def _formula_of(hidden: Tensor, size: int, given: Sequence[Tensor], scales: Sequence[float]) -> _Formula | None:
-    """How ``hidden`` ``[..., F]`` is computed from what one or two first layers gave out, or None."""
+    """Find how ``hidden`` ``[..., F]`` is computed from the outputs of one or two first layers, or None."""
     if hidden.shape[-1] != size:
         return None
     hidden_NF = hidden.reshape(-1, size)
@@ -84,13 +87,13 @@ def _unknown(down: str, record: Trace) -> Refused:
 
 
 class Trials:
-    """Tries modules as FFNs. Holds the numbers that their layers give out, which depend on sizes only."""
+    """Tries modules as FFNs. It keeps the numbers that their layers return, which depend on sizes only."""
 
     def __init__(self) -> None:
         self._values: dict[tuple[int, int, int], Tensor] = {}
 
     def _numbers(self, tokens: int, features: int, seed: int) -> Tensor:
-        """``[2, tokens, features]`` float64: a quarter within 4 of 0, and some up to 1000, where a clamp would act."""
+        """Draw numbers, float64 ``[2, tokens, features]``: a quarter within 4 of 0, some up to 1000 to show clamps."""
         key = (tokens, features, seed)
         if key not in self._values:
             generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -99,10 +102,10 @@ class Trials:
         return self._values[key]
 
     def whole(self, name: str, owner: nn.Module, layers: Sequence[LinearAt]) -> FFNSpec:
-        """Try ``owner.forward(x)`` as an FFN of exactly these layers, all its linear layers.
+        """Try ``owner.forward(x)`` as an FFN of exactly these layers, which are all its linear layers.
 
         Raises:
-            Refused: if it is not one.
+            Refused: if it is not such an FFN.
         """
         if "forward" in vars(owner):
             raise Refused("forward was wrapped on the instance, so that a converted class would not be run", rank=2)
@@ -178,7 +181,7 @@ class Trials:
         """Try ``up`` and one of ``downs`` as an FFN somewhere inside ``owner.forward``.
 
         Raises:
-            Refused: if what ``up`` gives out does anything but go to one of ``downs`` through a known activation.
+            Refused: if the output of ``up`` does anything but go to one of ``downs`` through a known activation.
         """
         down, formula = self._inside(owner, [up], downs)
         name = common_ancestor(up.name, down.name)
@@ -204,7 +207,7 @@ class Trials:
     def _inside(
         self, owner: nn.Module, ups: Sequence[LinearAt], downs: Sequence[LinearAt]
     ) -> tuple[LinearAt, _Formula]:
-        """The last layer that ``ups`` feed inside ``owner.forward``, and how."""
+        """Find the last layer that ``ups`` feed inside ``owner.forward``, and the formula of its input."""
         tokens = self._tokens([*ups, *downs])
         given: dict[nn.Module, Tensor | None] = {down.module: None for down in downs}
         values = [self._numbers(tokens, up.out_size, seed) for seed, up in enumerate(ups, start=1)]
@@ -229,12 +232,12 @@ class Trials:
 
     @staticmethod
     def _tokens(layers: Sequence[LinearAt]) -> int:
-        """T such that 2 T F is 512 or more: enough numbers to tell activations apart."""
+        """Return T such that 2 T F is at least 512, enough numbers to tell activations apart (a guess)."""
         return max(2, math.ceil(256 / min(layer.out_size for layer in layers)))
 
 
 def _scale_of(result: object, want: Tensor, scales: Sequence[float]) -> float | None:
-    """The scale with which ``result`` is ``want``, or None."""
+    """Find the scale with which ``scale * want`` is ``result``, or None."""
     if not isinstance(result, Tensor) or isinstance(result, Opaque) or result.shape != want.shape:
         return None
     return next((scale for scale in scales if _matches(result, scale * want)), None)

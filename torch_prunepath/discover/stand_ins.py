@@ -1,14 +1,14 @@
-"""Running a module's own ``forward`` on stand-ins, to see what becomes of the numbers that its linear layers give out.
+"""Running a module's own ``forward`` on stand-ins, to see what it does with the numbers that its linear layers return.
 
-What runs is a *shadow* of the module: an object of the same class with the same attributes. Its watched submodules
-give out numbers chosen by the caller; its weights, buffers and other submodules with weights are *opaque*: values that
-nobody knows, of which any operation gives another. So no weight is read, copied or multiplied (it may be on the meta
-device, in any dtype), and the module itself stays as it was: no hook, no patched function, no attribute.
+A *shadow* of the module runs: an object of the same class with the same attributes. Its watched submodules return
+numbers chosen by the caller. Its weights, its buffers and its other submodules with weights give *opaque* values: they
+are unknown, and any operation on them gives another opaque value. So no weight is read, copied or multiplied (it may be
+on the meta device, in any dtype), and the module itself stays as it was, without hooks, patches or new attributes.
 
-Traded away: a ``forward`` that steers by opaque values may take a branch that it would not take otherwise, and
-attention cannot be followed. Numbers given out are float64 on the CPU and stay so: casts are ignored.
+The price: a ``forward`` that branches on opaque values may take another branch than it would really take, and attention
+cannot be followed. The numbers are float64 on the CPU and stay so: casts are ignored.
 
-Shapes: the numbers given out are ``[..., features]``; an opaque value claims to be ``[2, T, D]``.
+Shapes: the numbers returned are ``[..., features]``; an opaque value claims to be ``[2, T, D]``.
 """
 
 from __future__ import annotations
@@ -23,18 +23,28 @@ import torch
 from torch import Tensor, nn
 
 _CASTS = frozenset(["to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"])
+"""Names of casts, which leave the numbers as they are."""
+
 _RANDOM = frozenset(["bernoulli", "exponential", "multinomial", "normal", "rand_like", "randn_like", "uniform"])
+"""Names of operations, without a trailing underscore, that draw random numbers."""
+
 _FACTS = frozenset(["size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"])
+"""Names of methods whose results are true of an opaque value too, such as its size."""
+
 _NOT_IN_PLACE = frozenset(["__index__", "__int__", "__invert__", "__iter__"])
+"""Names that begin with ``__i`` as in-place operators do, but are none."""
+
 _UNPACK_LENGTHS = (2, 3, 1, 4, 5, 6, 7, 8)
+"""Numbers of values that an unpacked opaque value may hold, in the order in which they are tried. The order, and the
+end at 8, are guesses."""
 
 
 class Refused(Exception):
-    """Why a module is not the feed-forward network it was tried as.
+    """Error for a module that is not a feed-forward network as which it was tried.
 
     Args:
-        reason: for the user to read.
-        rank: how far the trial came; of several refusals of one module, the highest is the one worth telling.
+        reason: the reason, for users.
+        rank: how far the trial came. Of several refusals of one module, the one with the highest rank is reported.
     """
 
     def __init__(self, reason: str, rank: int = 1) -> None:
@@ -44,7 +54,7 @@ class Refused(Exception):
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What nested tuples, lists and dicts hold."""
+    """Yield the values inside nested tuples, lists and dicts."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
@@ -55,7 +65,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 class _Traced(Tensor):
-    """A tensor whose operations are looked at before they run."""
+    """A tensor whose operations are checked before they run."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -77,11 +87,11 @@ class _Traced(Tensor):
 
 
 class Probe(_Traced):
-    """Numbers given out by a watched module, or computed from them."""
+    """Numbers that a watched module returned, or that were computed from such numbers."""
 
 
 class Opaque(_Traced):
-    """A value that nobody knows: every operation on it gives it back."""
+    """An unknown value: every operation on it returns it again."""
 
     unpacks: _Unpacks
 
@@ -103,18 +113,18 @@ class Opaque(_Traced):
         return self if isinstance(other, tuple | list) else super().__add__(other)
 
     def __radd__(self, other: Any) -> Tensor:
-        """The rest of what another module returned, put after something else."""
+        """Stand for the concatenation of a tuple or list and this value, an output of another module."""
         return self if isinstance(other, tuple | list) else super().__radd__(other)
 
     def __getattr__(self, name: str) -> Tensor:
-        """Fields of what another module returned, such as ``last_hidden_state``."""
+        """Stand for any field of another module's output, such as ``last_hidden_state``."""
         if name.startswith("_"):
             raise AttributeError(name)
         return self
 
 
 def _check_probe_operation(name: str, args: tuple, kwargs: dict, meets_opaque: bool) -> None:
-    """Raise :class:`Refused` if an operation does to a probe what no FFN does to its hidden values."""
+    """Raise :class:`Refused` if an FFN does not use the operation on its hidden values."""
     if meets_opaque:
         raise Refused(f"a hidden value meets a value of other origin ({name.strip('_')})")
     if name.rstrip("_") in _RANDOM:
@@ -130,7 +140,7 @@ def _check_probe_operation(name: str, args: tuple, kwargs: dict, meets_opaque: b
 
 
 class _Unpacks:
-    """How many values to pretend each unpacked opaque value holds, in the order in which a run unpacks them."""
+    """Guesses of how many values each unpacked opaque value holds, in the order in which a run unpacks them."""
 
     def __init__(self) -> None:
         self._lengths: list[int] = []
@@ -146,7 +156,7 @@ class _Unpacks:
         return self._lengths[self._at - 1]
 
     def guess_again(self) -> bool:
-        """Change the last guess, the one that did not fit; False if every length was tried."""
+        """Change the last guess, which did not fit; return False if every length was tried."""
         del self._lengths[self._at :]
         if not self._lengths or self._lengths[-1] == _UNPACK_LENGTHS[-1]:
             return False
@@ -155,12 +165,12 @@ class _Unpacks:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """False for containers like ``nn.ModuleList``."""
+    """Whether the class of the module defines ``forward``; containers like ``nn.ModuleList`` do not."""
     return type(module).forward is not nn.Module.forward
 
 
 def inputs_of(module: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the parameters of ``module.forward`` that a caller must give, and of those that he may give by name."""
+    """Return the names of the required parameters of ``module.forward``, and those of the optional ones."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p.name for p in named if p.default is p.empty]
@@ -169,12 +179,12 @@ def inputs_of(module: nn.Module) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Trace:
-    """What a run showed.
+    """The record of a run on stand-ins.
 
     Attributes:
-        calls: the inputs of each watched module, call by call, the first called first: plain float64 tensors, or
-            :class:`Opaque`.
-        result: what ``forward`` returned, a plain tensor if it returned a single :class:`Probe`.
+        calls: inputs of each watched module, call by call, as plain float64 tensors or :class:`Opaque`; modules are in
+            the order of their first call.
+        result: return value of ``forward``, as a plain tensor if it was a single :class:`Probe`.
         passed: class names of the submodules that probes passed through.
     """
 
@@ -184,13 +194,13 @@ class Trace:
 
 
 def plain(probe: Tensor) -> Tensor:
-    """A copy of the numbers, as an ordinary tensor."""
+    """Copy the numbers into an ordinary tensor."""
     with torch._C.DisableTorchFunctionSubclass():
         return probe.as_subclass(Tensor).clone()
 
 
 class _Shadows:
-    """Builds the shadow of a module, whose run fills ``trace``."""
+    """Builds the shadow of a module; running the shadow fills ``trace``."""
 
     def __init__(
         self,
@@ -204,7 +214,11 @@ class _Shadows:
         self._opaque, self._training = opaque, training
 
     def of(self, module: nn.Module) -> nn.Module:
-        """A module of the same class, with stand-ins for submodules."""
+        """Build a module of the same class, with stand-ins for submodules.
+
+        Raises:
+            Refused: if the module's ``forward`` was replaced on the instance.
+        """
         own = type(module).forward
         innermost = inspect.unwrap(vars(module).get("forward", own))
         if getattr(innermost, "__func__", innermost) is not inspect.unwrap(own):
@@ -282,16 +296,16 @@ def trace(
 
     Args:
         owner: the module to run; it is not changed.
-        watched: submodules whose inputs are recorded, and the float64 numbers each gives out whatever it receives;
-            None gives out an opaque value.
+        watched: submodules whose inputs are recorded, and the float64 numbers that each returns for any input; with
+            None it returns an opaque value.
         shape: shape that opaque values claim to have.
         x: the only input of ``owner.forward``, float64; None makes every input opaque.
         training: value of ``training`` in the shadow and its submodules.
-        markers: the factor by which each ``nn.Dropout`` multiplies, so that its place can be told; 1 if not given.
-        record: what to fill and return, for a caller who wants to know how far a run came that was refused.
+        markers: factor by which each ``nn.Dropout`` multiplies, so that its place can be found; 1 if not given.
+        record: the record to fill and return; with it, a caller can see how far a refused run came.
 
     Raises:
-        Refused: if the run fails, or does to the numbers given out what no feed-forward network does.
+        Refused: if the run fails, or does something with the numbers that no feed-forward network does.
     """
     opaque = torch.empty(shape, dtype=torch.float64, device="meta").as_subclass(Opaque)
     opaque.unpacks = _Unpacks()

@@ -1,1 +1,1 @@
-"""A model, a text, and how good the model is on it."""
+"""Loading a model and a text, and measuring how good the model is on the text."""

@@ -1,4 +1,4 @@
-"""Text for calibration and for measuring: a file, or the English that every CPython ships, its help topics."""
+"""Text for calibration and for measuring: a file, or the help topics of Python, English text that every CPython has."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from torch import Tensor
 from torch_prunepath.console.errors import UserError, one_line
 
 CALIBRATION_SHARE = 0.75
+"""Share of a text that is used for calibration; the rest is held out. Chosen without measurement."""
+
 CONTEXT = 512
+"""Largest number of tokens of a window. Chosen without measurement."""
+
 TEST_WINDOWS = 8
+"""Largest number of windows on which a model is measured. Chosen without measurement."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,9 @@ class Corpus:
     """Two parts of one text that do not overlap.
 
     Attributes:
-        name: what the text is.
-        calibration: the part that routers are fitted to.
-        held_out: the part that quality is measured on.
+        name: name of the text, for messages.
+        calibration: the part to which routers are fitted.
+        held_out: the part on which quality is measured.
     """
 
     name: str
@@ -32,7 +37,7 @@ class Corpus:
 
 
 def load_corpus(path: str | Path | None = None) -> Corpus:
-    """The text of a UTF-8 file, or Python's help topics if there is none.
+    """Load the text of a UTF-8 file, or Python's help topics if ``path`` is None.
 
     Raises:
         UserError: if the file cannot be read as text.
@@ -41,9 +46,9 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
 
 
 def help_topics() -> Corpus:
-    """The topics of Python's ``help()`` in sorted order: about 450 kB of English on the language.
+    """Load the topics of Python's ``help()`` in sorted order: about 450 kB of English about the language.
 
-    Several topics quote others. A paragraph is kept where it first occurs only, so that none is in both parts.
+    Several topics quote others. A paragraph is kept only where it first occurs, so that none is in both parts.
     """
     from pydoc_data.topics import topics
 
@@ -55,7 +60,7 @@ def help_topics() -> Corpus:
 
 
 def text_file(path: Path) -> Corpus:
-    """The text of a UTF-8 file.
+    """Load the text of a UTF-8 file.
 
     Raises:
         UserError: if the file cannot be read as text.
@@ -72,7 +77,7 @@ def text_file(path: Path) -> Corpus:
 
 
 def _split(name: str, text: str) -> Corpus:
-    """Cut at the first paragraph's end past the calibration part's share; anywhere if no paragraph ends there."""
+    """Cut the text at the first end of a paragraph after the calibration part's share, or there if none is near."""
     cut = int(len(text) * CALIBRATION_SHARE)
     end = text.find("\n\n", cut)
     # A text of a few huge paragraphs must not lose its held-out part to a paragraph's end far away.
@@ -82,16 +87,17 @@ def _split(name: str, text: str) -> Corpus:
 
 
 def fit_and_test(corpus: Corpus, tokenizer: Any, *, longest: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Token windows to fit routers to, and others to measure on.
+    """Cut token windows to fit routers to, and others to measure on.
 
     Args:
         corpus: the text.
         tokenizer: a Hugging Face tokenizer.
         longest: the longest context that the model takes.
-        tokens: about how many tokens to fit to, at most.
+        tokens: largest number of tokens to fit to, rounded to whole windows (at least one).
 
     Returns:
-        int64 ``[N, C]`` and int64 ``[M, C]``, M at most ``TEST_WINDOWS``, C at most ``CONTEXT``.
+        Windows to fit to, int64 ``[N, C]``, and windows to measure on, int64 ``[M, C]``; M is at most ``TEST_WINDOWS``,
+        C at most ``CONTEXT``.
 
     Raises:
         UserError: if a part of the text does not fill one window.
@@ -104,17 +110,17 @@ def fit_and_test(corpus: Corpus, tokenizer: Any, *, longest: int, tokens: int) -
 
 
 def windows(text: str, tokenizer: Any, *, context: int, count: int, part: str) -> Tensor:
-    """Windows of ``text`` that do not overlap, spread evenly over it.
+    """Cut ``text`` into windows that do not overlap, and choose some that are evenly spread over it.
 
     Args:
-        text: what to cut.
+        text: the text.
         tokenizer: a Hugging Face tokenizer.
-        context: C, tokens a window.
-        count: the most windows to return.
-        part: what the text is called in the error.
+        context: tokens of a window, C.
+        count: largest number of windows to return.
+        part: name of the text, for the error.
 
     Returns:
-        int64 ``[N, C]``, N at most ``count``.
+        Token ids, int64 ``[N, C]``, N at most ``count``.
 
     Raises:
         UserError: if the text does not fill one window.
@@ -122,7 +128,9 @@ def windows(text: str, tokenizer: Any, *, context: int, count: int, part: str) -
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // context
     if available == 0:
-        raise UserError(f"the {part} is too short: {len(ids)} tokens of at least {context}: give a longer text")
+        raise UserError(
+            f"the {part} is too short: it has {len(ids)} tokens, and at least {context} are needed: give a longer text"
+        )
     window_NC = ids[: available * context].view(available, context)
     chosen_N = torch.linspace(0, available - 1, min(count, available)).round().to(torch.int64)
     return window_NC[chosen_N]

@@ -1,4 +1,4 @@
-"""lm-eval with this library's model in it: ``prunepath-eval``, and what every use of lm-eval starts with."""
+"""The command ``prunepath-eval``, and the registration of this library's model with lm-eval."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import sys
 from torch_prunepath.console.errors import UserError
 
 MODEL = "prunepath"
-"""What the model is called in lm-eval: ``--model prunepath``."""
+"""Name of the model in lm-eval: ``--model prunepath``."""
 
 MODEL_CLASS = "torch_prunepath.integrations.lm_eval:PrunePathLM"
+"""Module and name of the model's class."""
 
 NOT_INSTALLED = "lm-eval is not installed: pip install 'torch-prunepath[lm-eval]'"
 
 
 def register() -> None:
-    """Make lm-eval know the model, unless it does: newer releases find it by its entry point.
+    """Register the model with lm-eval if it is not registered: newer releases find it by its entry point.
 
     Raises:
-        UserError: if lm-eval, or what it runs Hugging Face models with, is not installed.
+        UserError: if lm-eval is not installed, or accelerate, which it needs for Hugging Face models.
     """
     for package in ("lm_eval", "accelerate"):
         if importlib.util.find_spec(package) is None:
@@ -33,7 +34,7 @@ def register() -> None:
 
 
 def main() -> int:
-    """The command ``prunepath-eval``: lm-eval's own command line, in which ``--model prunepath`` works."""
+    """Run the command ``prunepath-eval``: lm-eval's own command line, in which ``--model prunepath`` works."""
     try:
         register()
         from lm_eval.__main__ import cli_evaluate

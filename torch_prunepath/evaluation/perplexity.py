@@ -19,17 +19,15 @@ from torch_prunepath.inputs.data import evaluation_mode
 
 
 def perplexity(model: Any, window_NC: Tensor, *, title: str = "perplexity") -> float:
-    """Perplexity over windows, each read by itself.
-
-    It is exp of :func:`mean_loss`.
+    """Measure the perplexity over windows, each read by itself: exp of :func:`mean_loss`.
 
     Args:
         model: a causal language model; ``model(input_ids=[1, C]).logits`` is ``[1, C, vocabulary]``.
         window_NC: int64 ``[N, C]``, no padding, C at least 2.
-        title: what the progress bar says.
+        title: title of the progress bar.
 
     Raises:
-        ValueError: if it is not a finite number.
+        ValueError: if the perplexity is not a finite number.
     """
     mean = mean_loss(model, window_NC, title=title)
     if not math.isfinite(mean):
@@ -38,13 +36,15 @@ def perplexity(model: Any, window_NC: Tensor, *, title: str = "perplexity") -> f
 
 
 def mean_loss(model: Any, window_NC: Tensor, *, rows: int = 1, title: str = "perplexity") -> float:
-    """Mean negative log-likelihood of tokens 2 to C of every window; NaN or infinite where the logits are.
+    """Measure the mean negative log-likelihood of tokens 2 to C of every window, in nats.
+
+    It is NaN or infinite if logits are.
 
     Args:
-        model: as for :func:`perplexity`; it runs in evaluation mode.
+        model: a causal language model, as for :func:`perplexity`; it runs in evaluation mode.
         window_NC: int64 ``[N, C]``, no padding, C at least 2.
         rows: windows that go through the model at once.
-        title: what the progress bar says.
+        title: title of the progress bar.
     """
     total = 0.0
     with evaluation_mode(model), torch.inference_mode():
@@ -56,32 +56,32 @@ def mean_loss(model: Any, window_NC: Tensor, *, rows: int = 1, title: str = "per
 
 
 class _Clock:
-    """A streamer for ``generate`` that notes when each token is there."""
+    """A streamer for ``generate`` that notes the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, _: Tensor) -> None:
-        """Called with the prompt, then with each token once it is on the host."""
+        """Note the time; ``generate`` calls this with the prompt, then with each token once it is on the host."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Called after the last token."""
+        """Do nothing; ``generate`` calls this after the last token."""
 
 
 def decode_speed(
     model: Any, prompt_1P: Tensor, *, tokens: int = 32, repeats: int = 3, title: str = "decoding"
 ) -> float:
-    """Tokens a second of greedy decoding with a KV cache at batch 1: the median of ``repeats`` runs after a warm-up.
+    """Measure greedy decoding with a KV cache at batch 1, in tokens a second, as the median of runs after a warm-up.
 
-    The clock runs from the first new token to the last: reading the prompt does not count.
+    The time from the first new token to the last counts; reading the prompt does not.
 
     Args:
         model: a causal language model with ``generate``.
-        prompt_1P: int64 ``[1, P]``.
-        tokens: new tokens a run, at least 2; end-of-sequence tokens do not stop it.
-        repeats: timed runs.
-        title: what the progress bar says.
+        prompt_1P: token ids of the prompt, int64 ``[1, P]``.
+        tokens: new tokens of a run, at least 2; end-of-sequence tokens do not stop it.
+        repeats: number of timed runs.
+        title: title of the progress bar.
     """
     from transformers import GenerationConfig
 

@@ -1,1 +1,1 @@
-"""Which neurons form an expert, which router chooses among them, and which share of the mass each layer keeps."""
+"""Building experts: which neurons form one, how routers start, and how much router mass each layer keeps."""

@@ -1,9 +1,10 @@
-"""How much router mass each layer can give up: budgets from the loss's curvature at each FFN's output.
+"""Budgets of layers: how much router mass each layer can give up, from the loss's curvature at its FFN's output.
 
 Dropping experts changes an FFN's output by delta. To second order this costs ``1/2 delta^T F delta`` of KL divergence
-from the dense model, with F the Fisher information of that output: the second moment of the loss gradient there, for
-labels drawn from the model itself. One backward pass gives F for every layer; what a layer then costs at each sparsity
-needs no model. Layers are given the sparsity at which the next neuron costs the same everywhere.
+from the dense model. F is the Fisher information of that output: the second moment of the loss gradient there, for
+labels drawn from the model itself. One backward pass gives F for every layer, and the cost of a layer at each sparsity
+is then computed without the model. Each layer is given the sparsity at which dropping one more neuron costs the same in
+all layers.
 
 Shapes: N tokens, D hidden size, F neurons, E experts.
 """
@@ -30,33 +31,38 @@ from torch_prunepath.ops.experts import expand_experts
 from torch_prunepath.select import mask_from_scores
 
 FISHER_TOKENS = 4096
-"""Calibration tokens that are differentiated through, at most."""
+"""Largest number of calibration tokens for the Fisher information, which needs a backward pass. docs/log.md, "choosing
+the training-free defaults on SmolLM2-135M", leaves open whether more tokens are better."""
 
 CURVE_TOKENS = 2048
-"""Calibration tokens on which the cost of dropping experts is read off, at most."""
+"""Largest number of calibration tokens on which the cost of dropping experts is measured. A guess."""
 
 GIVEN_UP = (0.003, 0.006, 0.012, 0.02, 0.035, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45, 0.6, 0.75)
-"""Values of ``1 - tau`` at which a layer's cost is read off."""
+"""Values of ``1 - tau`` at which a layer's cost is measured, spaced about evenly as logarithms. Chosen without
+measurement."""
 
 REFERENCE_SPARSITY = 0.4
-"""Budgets are exact at this mean sparsity. On SmolLM2-135M one set of them serves 10% to 50%."""
+"""Mean sparsity at which budgets are exact. Budgets fitted at 0.4 served 20% to 50% on SmolLM2-135M (docs/log.md,
+"choosing the training-free defaults on SmolLM2-135M")."""
 
 FIRST_MIDDLE = 0.35
-"""How far below the first of ``GIVEN_UP``, as a logarithm, the middle of the interval before it is taken to be: half of
-the distance to the next one, log 2 / 2."""
+"""Distance, as a logarithm, from the first of ``GIVEN_UP`` down to the middle of the interval before it. That interval
+has no lower end, so its middle is put half as far away as the next value: log 2 / 2."""
 
 NOTHING_GIVEN_UP = 3.0
-"""How far below the first of ``GIVEN_UP``, as a logarithm, a layer counts as dense: at a twentieth of that mass."""
+"""Distance, as a logarithm, from the first of ``GIVEN_UP`` down to the mass at which a layer counts as dense, which is
+a twentieth of that value. A guess."""
 
 MOST_GIVEN_UP = 0.97
-"""Largest share of its mass that a layer gives up where budgets are set: the costs of more were not measured, and a
-share of 1 would have no logarithm to compare budgets by."""
+"""Largest share of its mass that a layer gives up when budgets are computed. Costs are measured up to 0.75 only, and at
+1 the logarithm, to which a budget is proportional, is 0. 0.97 is a guess."""
 
 SMALLEST_BUDGET = 0.05
-"""No layer's exponent is smaller: it would give up nearly all its mass at every tau, however near to 1."""
+"""Smallest budget (exponent) of a layer. With a smaller one it would give up nearly all its mass at every tau below 1,
+however near to 1. 0.05 is a guess."""
 
 Curve = list[tuple[float, float]]
-"""(sparsity, cost) of one layer at each value of ``GIVEN_UP``."""
+"""Pairs (sparsity, cost) of one layer, for each value of ``GIVEN_UP``."""
 
 
 # --- Fisher information -----------------------------------------------------------------------------------------------
@@ -65,14 +71,14 @@ Curve = list[tuple[float, float]]
 def fisher_information(
     model: nn.Module, views: Sequence[FFNView], inputs: Inputs, *, seed: int = 0, progress: bool = True
 ) -> dict[str, Tensor]:
-    """Second moment of the loss gradient at each FFN's output, float32 ``[D, D]``, by ``view.site``.
+    """Measure the second moment of the loss gradient at each FFN's output, float32 ``[D, D]``, by ``view.site``.
 
-    The loss is cross-entropy against labels that the model itself draws; for a model without logits, the product of its
-    first output with a random direction. Parameters' own gradients are neither computed nor touched.
+    The loss is cross-entropy against labels that are drawn from the model itself. For a model without logits, it is the
+    product of the first output with a random direction. Gradients of parameters are neither computed nor changed.
 
     Args:
         model: the dense model.
-        views: its FFNs.
+        views: the model's FFNs.
         inputs: model inputs; at most ``FISHER_TOKENS`` tokens are used, row by row.
         seed: seed of the labels.
         progress: show a progress bar.
@@ -89,7 +95,7 @@ def fisher_information(
 
 
 def _rows(inputs: Inputs) -> list[Inputs]:
-    """Single rows, evenly spread, of ``FISHER_TOKENS`` tokens in all."""
+    """Choose single rows, evenly spread, with at most ``FISHER_TOKENS`` tokens in all (at least one row)."""
     rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
     width = inputs["input_ids"].shape[1] if "input_ids" in inputs else FISHER_TOKENS // 16
     chosen = torch.linspace(0, rows - 1, max(1, min(rows, FISHER_TOKENS // width))).round().long().tolist()
@@ -99,7 +105,10 @@ def _rows(inputs: Inputs) -> list[Inputs]:
 def _output_gradients(
     model: nn.Module, views: Sequence[FFNView], batch: Inputs, generator: torch.Generator
 ) -> list[tuple[str, Tensor]]:
-    """(site, float32 ``[N, D]``) of each FFN call in one pass, padding left out."""
+    """Compute the gradient at the output of each FFN call in one pass: pairs of site and float32 ``[N, D]``.
+
+    Padding is left out.
+    """
     seen: list[tuple[str, Tensor, Tensor | None]] = []
 
     def watch(view: FFNView, tracker: PaddingTracker) -> Callable[..., Tensor]:
@@ -145,19 +154,19 @@ def cost_curve(
     rule: Rule,
     shared: int = 0,
 ) -> Curve:
-    """What one layer costs at each value of ``GIVEN_UP``, all other layers dense.
+    """Compute the cost of one layer at each value of ``GIVEN_UP``, with all other layers dense.
 
-    Costs of tokens are averaged as square roots: a few tokens with huge activations, where the quadratic form says
-    little, would otherwise decide.
+    The square roots of the tokens' costs are averaged. Otherwise a few tokens with huge activations would decide, for
+    which the quadratic form is a bad estimate.
 
     Args:
-        h_NF: hidden activations, neurons in expert order.
-        down_FD: down rows, neurons in expert order.
+        h_NF: hidden activations, with neurons in expert order.
+        down_FD: down rows, with neurons in expert order.
         scores_NE: router scores of the same tokens.
-        fisher_DD: from :func:`fisher_information`.
-        expert_size: S.
+        fisher_DD: the layer's result of :func:`fisher_information`.
+        expert_size: neurons of an expert, S.
         rule: selection rule.
-        shared: how many experts, the first ones, are always active.
+        shared: number of the first experts that are always active.
     """
     curve = []
     for given_up in GIVEN_UP:
@@ -174,7 +183,14 @@ def cost_curve(
 
 @dataclass(frozen=True)
 class _CostCurve:
-    """A curve made convex: at marginal cost ``exp(price[i])`` the layer gives up ``exp(log_u[i])`` of its mass."""
+    """The cost curve of a layer, made convex.
+
+    Attributes:
+        price: logarithms of marginal costs, ascending.
+        log_u: logarithm of the mass that the layer gives up at each price.
+        sparsity_log_u: logarithms of masses given up, ascending.
+        sparsity: sparsity at each of these masses.
+    """
 
     price: list[float]
     log_u: list[float]
@@ -198,7 +214,7 @@ class _CostCurve:
         return cls(price, middles, [grid[0] - NOTHING_GIVEN_UP, *grid], sparsity)
 
     def given_up(self, price: float) -> float:
-        """Logarithm of ``1 - tau`` at a marginal cost."""
+        """Return the logarithm of ``1 - tau`` at a marginal cost, whose logarithm is ``price``."""
         return min(_interpolate(price, self.price, self.log_u), math.log(MOST_GIVEN_UP))
 
     def sparsity_at(self, price: float) -> float:
@@ -206,7 +222,11 @@ class _CostCurve:
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float], extrapolate: bool = True) -> float:
-    """Piecewise linear; beyond the ends, the mean slope of the nearest third (at least 1/5 as steep as 1 : 1)."""
+    """Interpolate linearly between points.
+
+    Beyond the ends, go on with the mean slope of the nearest third of the points, where dx/dy is at least 0.2 (a
+    guess); without ``extrapolate``, return the value at the end.
+    """
     if x <= xs[0] or x >= xs[-1]:
         end, inner = (0, len(xs) // 3) if x <= xs[0] else (-1, -1 - len(xs) // 3)
         if not extrapolate:
@@ -218,14 +238,15 @@ def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float], extrapolate
 
 
 def allocate(curves: Mapping[str, Curve], sparsity: float = REFERENCE_SPARSITY) -> dict[str, float]:
-    """Budgets under which the last neuron dropped costs the same in every layer, at a mean sparsity.
+    """Compute budgets with which the last neuron dropped costs the same in every layer, at a mean sparsity.
 
     Args:
-        curves: cost of each layer, by name.
-        sparsity: mean over layers at which to equalise.
+        curves: cost curve of each layer, by name.
+        sparsity: mean sparsity over layers at which costs are made equal.
 
     Returns:
-        For each layer the exponent b of ``1 - tau_layer = (1 - tau) ** b``; they average 1, and larger ones protect.
+        Each layer's exponent b of ``1 - tau_layer = (1 - tau) ** b``. The exponents average 1 unless one is raised to
+        ``SMALLEST_BUDGET``; a layer with a larger one gives up less.
     """
     layers = {name: _CostCurve.of(curve) for name, curve in curves.items()}
     low, high = -40.0, 40.0

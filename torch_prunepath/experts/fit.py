@@ -1,4 +1,4 @@
-"""Where routers start: at centroids, or fitted to what each expert contributes; and fitting them anew.
+"""The start of routers, at centroids or fitted to what each expert contributes; and fitting them again later.
 
 Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons (the last may be smaller).
 """
@@ -29,16 +29,16 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress: bool = True) -> ModelT:
-    """Fit the routers of a sparse model anew, in place, to what its experts contribute on ``batches``.
+    """Fit the routers of a sparse model again, in place, to what its experts contribute on ``batches``.
 
-    Layer by layer, on the hidden states of the dense model: soft-label cross-entropy of ``softmax(router(x))`` against
-    each expert's share of the contribution norm.
+    Each layer is fitted by itself, on the hidden states of the model with every expert active. The loss is soft-label
+    cross-entropy of ``softmax(router(x))`` against each expert's share of the contribution norm.
 
     Args:
         model: a sparse model.
-        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``; all
-            of it is used, in one batch.
-        tokenizer: for texts.
+        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``. All
+            the data is used, in one batch.
+        tokenizer: tokenizer for texts.
         progress: show a progress bar.
 
     Raises:
@@ -76,14 +76,14 @@ def _load_router(layer: RoutedExperts, weight_ED: Tensor, bias_E: Tensor) -> Non
 
 
 def centroid_init(view: FFNView, order_F: Tensor, expert_size: int) -> Tensor:
-    """Router weight ``[E, D]``: the mean of each expert's L2-normalised gate (or up) rows.
+    """Compute the router weight of MoEfication (arXiv 2110.01786), float32 ``[E, D]``.
 
-    From MoEfication (arXiv 2110.01786).
+    It is the mean of each expert's L2-normalised gate rows, or up rows in a plain FFN.
 
     Args:
-        view: the dense FFN, its neurons in their original order.
+        view: the dense FFN, with its neurons in their original order.
         order_F: the permutation that forms the experts.
-        expert_size: S.
+        expert_size: neurons of an expert, S.
     """
     rows_FD = (view.up_FD if view.gate_FD is None else view.gate_FD).detach().float()
     unit_FD = nnf.normalize(rows_FD, dim=-1)[order_F.to(rows_FD.device)]
@@ -93,16 +93,16 @@ def centroid_init(view: FFNView, order_F: Tensor, expert_size: int) -> Tensor:
 
 
 def contribution_shares(h_NF: Tensor, down_FD: Tensor, expert_size: int, shared: int = 0) -> Tensor:
-    """Each expert's share of the contribution norm, ``[N, E - shared]`` float32, rows sum to 1.
+    """Compute each expert's share of the contribution norm, float32 ``[N, E - shared]``; rows sum to 1, or are 0.
 
-    The contribution of expert e is the vector ``h_e @ down_e``; its norm is taken through the expert's Gram matrix, so
-    that no ``[N, E, D]`` tensor exists.
+    The contribution of expert e is the vector ``h_e @ down_e``. Its norm is computed with the expert's Gram matrix, so
+    that no ``[N, E, D]`` tensor is needed.
 
     Args:
-        h_NF: hidden activations, neurons in expert order.
-        down_FD: down rows, neurons in expert order.
-        expert_size: S.
-        shared: the first so many experts are left out.
+        h_NF: hidden activations, with neurons in expert order.
+        down_FD: down rows, with neurons in expert order.
+        expert_size: neurons of an expert, S.
+        shared: number of the first experts that are left out.
     """
     h_NF, down_FD = h_NF[:, shared * expert_size :], down_FD[shared * expert_size :]
     experts = num_experts(h_NF.shape[1], expert_size)
@@ -121,18 +121,19 @@ def contribution_shares(h_NF: Tensor, down_FD: Tensor, expert_size: int, shared:
 def fit_router(x_ND: Tensor, shares_NE: Tensor, *, iterations: int = 12, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
     """Fit ``softmax(x W^T + b)`` to soft labels by cross-entropy, over all tokens at once.
 
-    Nonlinear conjugate gradients (Polak and Ribiere) without a learning rate. The preconditioner is the Hessian's block
-    diagonal as it were if probabilities did not vary over tokens: mean probability times input covariance. Each step
-    has Newton's length along its direction. More than 12 iterations gain nothing on SmolLM2-135M.
+    The method is nonlinear conjugate gradients (Polak and Ribiere), without a learning rate. The preconditioner is an
+    approximation of the Hessian's block diagonal: each expert's mean probability times the covariance of the inputs,
+    which is exact if probabilities are the same for all tokens. Each step has the length of a Newton step along its
+    direction. More than 12 iterations gain nothing on SmolLM2-135M.
 
     Args:
         x_ND: router inputs.
-        shares_NE: soft labels, rows sum to 1 (or are 0).
-        iterations: passes over the data, at most.
+        shares_NE: soft labels; rows sum to 1, or are 0.
+        iterations: largest number of passes over the data.
         ridge: penalty on weights, relative to the mean variance of an input.
 
     Returns:
-        weight ``[E, D]`` and bias ``[E]``, float32.
+        The weight, float32 ``[E, D]``, and the bias, float32 ``[E]``.
     """
     problem = _SoftRegression(x_ND.float(), shares_NE.float(), ridge)
     weight_DE, bias_E = problem.start()
@@ -159,7 +160,7 @@ def fit_router(x_ND: Tensor, shares_NE: Tensor, *, iterations: int = 12, ridge: 
 
 @dataclass(frozen=True)
 class _Step:
-    """A direction, Newton's length along it, and what the next one needs."""
+    """A step of :func:`fit_router`: its direction, the length along it, and values that the next step needs."""
 
     weight_DE: Tensor
     bias_E: Tensor
@@ -170,7 +171,7 @@ class _Step:
 
 
 class _SoftRegression:
-    """Mean cross-entropy of centred inputs against soft labels, with a penalty on each expert's weights."""
+    """The problem of :func:`fit_router`: mean cross-entropy on centred inputs, and a penalty on weights."""
 
     def __init__(self, x_ND: Tensor, labels_NE: Tensor, ridge: float) -> None:
         self.mean_D = x_ND.mean(0)
@@ -182,7 +183,7 @@ class _SoftRegression:
         self.prior_E = labels_NE.mean(0).clamp_min(1e-8)
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """The router that answers every token with the mean label."""
+        """Return the router (weight ``[D, E]``, bias ``[E]``) that gives every token the mean label."""
         return self.x_ND.new_zeros(self.x_ND.shape[1], len(self.prior_E)), self.prior_E.log()
 
     def loss(self, weight_DE: Tensor, logits_NE: Tensor) -> float:
@@ -215,7 +216,10 @@ def _dot(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
 def fitted_router(
     x_ND: Tensor, h_NF: Tensor, down_FD: Tensor, expert_size: int, router_norm: bool, shared: int
 ) -> tuple[Tensor, Tensor]:
-    """A router fitted to what each expert contributes; shared ones take no part, and their scores are 0."""
+    """Fit a router to what each expert contributes: weight ``[E, D]`` and bias ``[E]``.
+
+    Shared experts are left out; their scores are 0.
+    """
     shares_NE = contribution_shares(h_NF, down_FD, expert_size, shared)
     weight_ED, bias_E = fit_router(normalised(x_ND) if router_norm else x_ND, shares_NE)
     return nnf.pad(weight_ED, (0, 0, shared, 0)), nnf.pad(bias_E, (shared, 0))

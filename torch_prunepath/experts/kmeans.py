@@ -1,12 +1,14 @@
-"""Balanced k-means: clusters of exactly S rows each, the last one smaller where N is no multiple of S.
+"""Balanced k-means: clusters of exactly S rows each; the last one is smaller where N is no multiple of S.
 
-Three stages. *Carve* takes a random row and the rows nearest to it, until none is left: separate groups come out whole.
-*Lloyd* moves rows to the nearest mean that has room, the rows with most to lose first. *Swap* exchanges two rows of two
-clusters wherever that lowers the sum of squares, many pairs of clusters at a time; unlike Lloyd it does not count a row
-as a part of the mean that it is compared with, which is what keeps small clusters of high-dimensional rows from moving.
+There are three stages. *Carve* takes a random row and the rows nearest to it, again and again until none is left, so
+groups that lie apart become clusters. *Lloyd* moves rows to the nearest mean that has room, those with most to lose
+first.
+*Swap* exchanges two rows of two clusters wherever that lowers the sum of squares, in many pairs of clusters at a time.
+Lloyd compares a row with the mean of a cluster that includes the row itself, which keeps rows of small clusters in high
+dimensions where they are; swap does not.
 
-It gives up optimal assignment (a transport problem in every round) for speed. No [N, N] matrix is made: the largest
-are one copy of the rows and [N, E] scores.
+For speed, assignment is not optimal: that would be a transport problem in every round. No [N, N] matrix is made: the
+largest are one copy of the rows and [N, E] scores.
 
 Letters: N rows, D features, E clusters, S places a cluster, P pairs of clusters, K seeds at a time. ``slots_ES`` holds
 row numbers; a place that the last cluster lacks, a *hole*, holds N, the number of an extra row of zeros.
@@ -23,28 +25,36 @@ from torch import Tensor
 
 from torch_prunepath.config import num_experts
 
-TOLERANCE = 5e-4  # a round that lowers the sum of squares by a smaller share is the last of its stage
-MATCHINGS = 6  # sets of disjoint pairs of clusters tried on one table of scores
-SEEDS = 64  # rows whose distances to all rows are computed together
-BLOCK = 1 << 23  # numbers gathered at a time: larger blocks spend their time in page faults
+TOLERANCE = 5e-4
+"""Share of the sum of squares: a round that lowers it by less is the last of its stage. A guess."""
+
+MATCHINGS = 6
+"""Number of sets of disjoint pairs of clusters that are tried on one table of scores. A guess."""
+
+SEEDS = 64
+"""Number of rows whose distances to all rows are computed together. A guess."""
+
+BLOCK = 1 << 23
+"""Numbers that are gathered at a time: larger blocks spend their time in page faults. No times are on record."""
 
 
 def balanced_kmeans(features_ND: Tensor, expert_size: int, *, iterations: int = 20, seed: int = 0) -> Tensor:
     """Group rows so that the sum of squared distances to the group's mean is small.
 
-    MoEfication (arXiv 2110.01786) builds experts by this objective. For the stages see the module. The result is near a
-    local optimum, and never worse than the order in which the rows come.
+    MoEfication (arXiv 2110.01786) builds experts by this objective. The module's text describes the three stages. The
+    result is near a local optimum, and never worse than the given order of the rows.
 
     Args:
         features_ND: ``[N, D]``, any floating dtype; computed in float32 on its device.
-        expert_size: S, rows a cluster. One cluster if it is N or more.
-        iterations: rounds of Lloyd, and rounds of swaps, at most.
-        seed: seed of the rows that clusters are carved around. The same seed gives the same result, on the same
-            machine and number of threads: elsewhere float32 sums may round differently.
+        expert_size: rows of a cluster, S. If it is N or more, there is one cluster.
+        iterations: largest number of rounds of Lloyd, and of rounds of swaps.
+        seed: seed of the rows around which clusters are carved. The same seed gives the same result on the same machine
+            with the same number of threads; elsewhere float32 sums may round differently.
 
     Returns:
-        int64 ``[N]`` on the CPU: ``order[i]`` is the row at place i. Cluster e holds places ``[e*S, (e+1)*S)``. Rows
-        ascend within a cluster, clusters ascend by their smallest row; a smaller cluster comes last all the same.
+        The order, int64 ``[N]`` on the CPU: ``order[i]`` is the row at place i. Cluster e holds places
+        ``[e*S, (e+1)*S)``. Rows ascend within a cluster, and clusters ascend by their smallest row, except that a
+        smaller cluster is always the last.
 
     Raises:
         ValueError: if the features are not a matrix of finite floating-point numbers, or a count is below 1.
@@ -65,7 +75,7 @@ def balanced_kmeans(features_ND: Tensor, expert_size: int, *, iterations: int = 
 
 
 def tidy(order_N: Tensor, expert_size: int) -> Tensor:
-    """The same clusters, rows ascending within each, clusters ascending by smallest row (a smaller one stays last)."""
+    """Sort the rows within each cluster, and the clusters by their smallest row; a smaller cluster stays the last."""
     full = order_N.numel() // expert_size * expert_size
     slots_ES = order_N[:full].view(-1, expert_size).sort(dim=1).values
     slots_ES = slots_ES[slots_ES[:, :1].flatten().argsort()]
@@ -73,7 +83,7 @@ def tidy(order_N: Tensor, expert_size: int) -> Tensor:
 
 
 def sum_of_squares(features_ND: Tensor, order_N: Tensor, expert_size: int) -> float:
-    """Sum over rows of the squared distance to the mean of their cluster, in float64."""
+    """Compute the sum over rows of the squared distance to the mean of their cluster, in float64."""
     total = 0.0
     for ids in order_N.to(features_ND.device).split(expert_size):
         x_SD = features_ND[ids].double()
@@ -82,16 +92,17 @@ def sum_of_squares(features_ND: Tensor, order_N: Tensor, expert_size: int) -> fl
 
 
 def as_matrix(name: str, x: Tensor) -> Tensor:
-    """``x`` in float32, detached.
+    """Return ``x`` in float32, detached.
 
     Raises:
-        ValueError: unless it is a matrix, not empty, of floating-point numbers that are finite in float32.
+        ValueError: if ``x`` is not a matrix, is empty, or has numbers that are not floating point or not finite in
+            float32.
     """
     if x.dim() != 2 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"{name} must be a floating-point matrix that is not empty, not {x.dtype} {list(x.shape)}")
     x = x.detach().float()
     if not all(map(math.isfinite, _bounds(x))):
-        raise ValueError(f"{name} must be finite, but hold NaN or infinity: look for overflow in what they come from")
+        raise ValueError(f"{name} must be finite, but hold NaN or infinity: look for overflow in their computation")
     return x
 
 
@@ -102,7 +113,7 @@ def _bounds(x: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is clustered, and how large each cluster is; ``square`` are squared norms."""
+    """The rows that are clustered, and the size of each cluster; ``square_N`` are squared norms."""
 
     x_ND: Tensor  # N + 1 rows: the last is zeros, what holes hold
     square_N: Tensor
@@ -111,7 +122,7 @@ class _Rows:
 
     @classmethod
     def of(cls, features_ND: Tensor, expert_size: int) -> Self:
-        """Scale and centre: the best clusters stay the same, and float32 keeps its digits."""
+        """Scale and centre the features, which leaves the best clusters as they are and keeps float32 precise."""
         n, dim = features_ND.shape
         low, high = _bounds(features_ND)
         exponent = math.frexp(max(-low, high))[1]  # scaling by a power of two does not round
@@ -128,22 +139,22 @@ class _Rows:
         return self.x_ND.shape[0] - 1
 
     def blocks(self, slots: Tensor) -> tuple[Tensor, ...]:
-        """Rows of ``slots [*, S]`` in blocks whose gathered features are small."""
+        """Split ``slots [*, S]`` into blocks of rows whose gathered features are at most ``BLOCK`` numbers."""
         return slots.split(max(1, BLOCK // (slots.shape[1] * self.x_ND.shape[1])))
 
     def means(self, slots_ES: Tensor) -> Tensor:
-        """Mean of every cluster, ``[E, D]``."""
+        """Compute the mean of every cluster, ``[E, D]``."""
         sums_ED = torch.cat([self.x_ND[block].sum(1) for block in self.blocks(slots_ES)])
         return sums_ED / self.size_E[:, None]
 
     def within(self, means_ED: Tensor) -> float:
-        """Sum of squared distances to the clusters' means."""
+        """Compute the sum of squared distances to the clusters' means."""
         between_E = torch.linalg.vecdot(means_ED, means_ED).double() * self.size_E
         return float(self.square_N.double().sum() - between_E.sum())
 
 
 def _start(rows: _Rows, iterations: int, seed: int) -> Tensor:
-    """Clusters to improve by swaps: carved and moved by Lloyd, or the rows as they come where those are better."""
+    """Return clusters ``[E, S]`` for swaps to improve: carved and moved by Lloyd, or the given order if better."""
     found_ES = _lloyd(rows, _carve(rows, seed), iterations)
     given_ES = torch.arange(found_ES.numel(), device=found_ES.device).clamp_(max=rows.count).view_as(found_ES)
     better = rows.within(rows.means(found_ES)) <= rows.within(rows.means(given_ES))
@@ -154,7 +165,7 @@ def _start(rows: _Rows, iterations: int, seed: int) -> Tensor:
 
 
 def _carve(rows: _Rows, seed: int) -> Tensor:
-    """Clusters ``[E, S]``: a random free row and the free rows nearest to it, again and again."""
+    """Carve clusters ``[E, S]``: each is a random free row and the free rows nearest to it."""
     n, device = rows.count, rows.x_ND.device
     queue_N = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
     free_N = torch.ones(n, dtype=torch.bool, device=device)
@@ -180,7 +191,7 @@ def _carve(rows: _Rows, seed: int) -> Tensor:
 
 
 def _lloyd(rows: _Rows, slots_ES: Tensor, iterations: int) -> Tensor:
-    """Rounds of: assign every row to a near mean with room, take new means; while that lowers the sum of squares."""
+    """Repeat rounds of assigning every row to a near mean with room, while that lowers the sum of squares."""
     means_ED = rows.means(slots_ES)
     within = rows.within(means_ED)
     for _ in range(iterations):
@@ -195,7 +206,7 @@ def _lloyd(rows: _Rows, slots_ES: Tensor, iterations: int) -> Tensor:
 
 
 def _reassign(rows: _Rows, slots_ES: Tensor, means_ED: Tensor) -> Tensor:
-    """The clusters after one round of balanced assignment."""
+    """Do one round of balanced assignment, and return the new clusters."""
     n, size = rows.count, rows.expert_size
     score_NE = torch.addmm(torch.linalg.vecdot(means_ED, means_ED), rows.x_ND[:n], means_ED.T, beta=-1, alpha=2)
     taken = slots_ES < n
@@ -213,7 +224,11 @@ def _reassign(rows: _Rows, slots_ES: Tensor, means_ED: Tensor) -> Tensor:
 
 
 def _assign(score_NE: Tensor, room_E: Tensor) -> Tensor:
-    """Label of every row: its best cluster with room, rows that would lose most by their second best first."""
+    """Assign every row to its best cluster with room; rows that would lose most by their second best come first.
+
+    Returns:
+        The cluster of each row, int64 ``[N]``.
+    """
     label_N = torch.full((len(score_NE),), -1, device=score_NE.device)
     waiting, room_E = torch.arange(len(score_NE), device=score_NE.device), room_E.clone()
     while len(waiting):
@@ -254,7 +269,10 @@ def _swaps(rows: _Rows, slots_ES: Tensor, iterations: int) -> Tensor:
 
 
 def _promise(rows: _Rows, slots_ES: Tensor, means_ED: Tensor) -> Tensor:
-    """What a swap between two clusters could gain, ``[E, E]``: its formula (see below) less the term of both rows."""
+    """Estimate the gain of a swap between two clusters, ``[E, E]``.
+
+    It is the largest gain by the formula of :func:`_swap_within` without the term that depends on both rows.
+    """
     inverse_E = 1 / rows.size_E
     clusters = torch.arange(len(slots_ES), device=slots_ES.device)
     parts = []
@@ -269,7 +287,7 @@ def _promise(rows: _Rows, slots_ES: Tensor, means_ED: Tensor) -> Tensor:
 
 
 def _matching(promise_EE: Tensor) -> tuple[Tensor, Tensor]:
-    """Disjoint pairs of clusters, ``[P]`` each: best for one another among those still free, round after round."""
+    """Choose disjoint pairs of clusters, int64 ``[P]`` each: round by round, those that are best for one another."""
     promise_EE = promise_EE.clone()
     every_E = torch.arange(len(promise_EE), device=promise_EE.device)
     found: list[Tensor] = []
@@ -286,9 +304,9 @@ def _matching(promise_EE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _swap_within(rows: _Rows, slots_ES: Tensor, a_P: Tensor, b_P: Tensor) -> float:
-    """Swap rows of clusters a and b, best swap first, in place; returns by how much the sum of squares fell.
+    """Swap rows of clusters a and b in place, the best swap first, and return by how much the sum of squares fell.
 
-    With means m, sizes n and w = 1/n_a + 1/n_b, swapping row i of a and j of b lowers the sum of squares by
+    With means m, sizes n and w = 1/n_a + 1/n_b, swapping row i of a and row j of b lowers the sum of squares by
     2 (x_j - x_i) . (m_a - m_b) + w |x_j - x_i|^2.
     """
     if not len(a_P):

@@ -1,8 +1,8 @@
-"""Which neurons share an expert: a permutation of an FFN's neurons, from weights or from what neurons contribute.
+"""Choosing which neurons share an expert: a permutation of an FFN's neurons, from weights or from contributions.
 
 A partition is ``order_F``, int64 ``[F]`` on the CPU: ``order_F[i]`` is the neuron that goes to place i, and expert e
-holds places ``[e*S, (e+1)*S)``; the last expert is smaller where F is no multiple of S. Nothing is changed here: see
-:meth:`torch_prunepath.layer.ffn.FFNView.permute_`.
+holds places ``[e*S, (e+1)*S)``; the last expert is smaller where F is no multiple of S. Nothing is changed here:
+:meth:`torch_prunepath.layer.ffn.FFNView.permute_` does that.
 
 Letters: T tokens, D hidden size, F neurons, S neurons an expert.
 """
@@ -18,10 +18,11 @@ from torch_prunepath.experts.kmeans import as_matrix, balanced_kmeans, tidy
 from torch_prunepath.layer.ffn import FFNView
 
 TOKEN_BLOCK = 256
+"""Number of tokens that are scaled and transposed at a time. A guess."""
 
 
 def contiguous(ffn_size: int) -> Tensor:
-    """Neurons as they come.
+    """Return the partition that leaves the neurons in their order.
 
     Raises:
         ValueError: if ``ffn_size`` is below 1.
@@ -30,7 +31,7 @@ def contiguous(ffn_size: int) -> Tensor:
 
 
 def random(ffn_size: int, seed: int) -> Tensor:
-    """A random permutation, the same for the same seed.
+    """Draw a random permutation, the same for the same seed.
 
     Raises:
         ValueError: if ``ffn_size`` is below 1.
@@ -39,27 +40,30 @@ def random(ffn_size: int, seed: int) -> Tensor:
 
 
 def weight_features(view: FFNView) -> Tensor:
-    """What PrunePath (arXiv 2605.28283) and MoEfication (arXiv 2110.01786) cluster: gate or else up rows.
+    """Compute the features that PrunePath (arXiv 2605.28283) and MoEfication (arXiv 2110.01786) cluster.
 
     Returns:
-        float32 ``[F, D]``, each row of norm 1; a row of zeros stays one.
+        The gate rows, or the up rows in a plain FFN: float32 ``[F, D]``, each row scaled to norm 1; a row of zeros
+        stays as it is.
     """
     rows_FD = view.up_FD if view.gate_FD is None else view.gate_FD
     return nnf.normalize(rows_FD.detach().float(), dim=1)
 
 
 def contribution_features(contributions_TF: Tensor) -> Tensor:
-    """A vector for every neuron, such that clusters of near vectors concentrate a token's contributions in few experts.
+    """Compute a vector for every neuron; clusters of near vectors put a token's contributions into few experts.
 
-    Each token is divided by its mean, so that no token outweighs another. Neurons are *not* brought to a common norm:
-    those that hardly ever contribute are near one another, and gather in experts that are hardly ever needed. Nor are
-    shares compressed: with logarithms or roots fewer experts reach a given mass, but the model gets worse.
+    The contributions of each token are divided by their mean, so that all tokens count alike. The vectors of neurons
+    are *not* scaled to a common norm: neurons that hardly ever contribute are then near one another, and gather in
+    experts that are hardly ever needed. Contributions are not compressed either: with logarithms or roots fewer experts
+    reach a given mass, but the model gets worse (docs/log.md, "choosing the training-free defaults on SmolLM2-135M").
 
     Args:
-        contributions_TF: ``[T, F]``, any floating dtype, nothing negative: ``|h_tf| * norm(down_f)``.
+        contributions_TF: ``|h_tf| * norm(down_f)``, ``[T, F]``, any floating dtype, nothing negative.
 
     Returns:
-        float32 ``[F, T]``, on the device of the contributions. A token without any contribution gives zeros.
+        The vectors, float32 ``[F, T]``, on the device of the contributions. A token without any contribution gives
+        zeros.
 
     Raises:
         ValueError: if the contributions are not a matrix of finite floating-point numbers of at least 0.
@@ -80,16 +84,19 @@ def contribution_features(contributions_TF: Tensor) -> Tensor:
 def coactivation(contributions_TF: Tensor, expert_size: int, *, iterations: int = 20, seed: int = 0) -> Tensor:
     """Group neurons that contribute on the same tokens: :func:`balanced_kmeans` of :func:`contribution_features`.
 
-    A few thousand tokens suffice; time and memory grow with T as with D in :func:`balanced_kmeans`.
+    A few thousand tokens suffice. Time and memory grow with T, which is D in :func:`balanced_kmeans`.
 
     Args:
-        contributions_TF: ``[T, F]``, magnitudes of what neuron f adds to the FFN's output on token t.
-        expert_size: S.
-        iterations: see :func:`balanced_kmeans`.
-        seed: see :func:`balanced_kmeans`.
+        contributions_TF: norm of the vector that neuron f adds to the FFN's output on token t, ``[T, F]``.
+        expert_size: neurons of an expert, S.
+        iterations: largest number of rounds, as in :func:`balanced_kmeans`.
+        seed: seed, as in :func:`balanced_kmeans`.
+
+    Returns:
+        The partition, int64 ``[F]`` on the CPU.
 
     Raises:
-        ValueError: see :func:`contribution_features` and :func:`balanced_kmeans`.
+        ValueError: if :func:`contribution_features` or :func:`balanced_kmeans` refuses an argument.
     """
     return balanced_kmeans(contribution_features(contributions_TF), expert_size, iterations=iterations, seed=seed)
 
@@ -103,18 +110,21 @@ def partition(
     *,
     first_N: Tensor | None = None,
 ) -> Tensor:
-    """The permutation by one of four methods; neurons ascend within an expert, experts by their smallest neuron.
+    """Compute a partition by one of four methods.
 
-    Clusters on the CPU, wherever the model is: many small steps, for which a GPU was found slower.
+    Neurons ascend within an expert, and experts by their smallest neuron. Clustering runs on the CPU wherever the model
+    is: it has many small steps, for which a GPU was slower (docs/log.md, "choosing the training-free defaults on
+    SmolLM2-135M").
 
     Args:
         name: ``"coactivation"`` (:func:`coactivation`), ``"kmeans"`` (:func:`balanced_kmeans` of
             :func:`weight_features`), ``"contiguous"`` or ``"random"``.
         view: the FFN.
-        contributions_TF: ``[T, F]``; only ``"coactivation"`` looks at it, and needs it.
-        expert_size: S.
-        seed: seed of whatever is random.
-        first_N: neurons that come first, as they are, and whole experts of them; the others are grouped. None: none.
+        contributions_TF: contributions ``[T, F]``, which only ``"coactivation"`` needs.
+        expert_size: neurons of an expert, S.
+        seed: seed of the random choices.
+        first_N: neurons that come first, in the given order, as many as whole experts have; the others are grouped.
+            None: all are grouped.
 
     Raises:
         ValueError: if the name is not known, the contributions are missing or do not fit the FFN, or an argument is out
@@ -131,9 +141,9 @@ def partition(
 
 
 def largest_contributions(contributions_TF: Tensor, count: int) -> Tensor:
-    """The neurons that contribute most, averaged over tokens: int64 ``[count]`` on the CPU, ascending.
+    """Find the neurons that contribute most, averaged over tokens: int64 ``[count]`` on the CPU, ascending.
 
-    They do for every token what a router need not choose: the shared experts of DeepSeekMoE (arXiv 2401.06066).
+    They form the shared experts, which are active for every token as in DeepSeekMoE (arXiv 2401.06066).
     """
     mean_F = contributions_TF.float().mean(0).cpu()
     return mean_F.sort(descending=True, stable=True).indices[:count].sort().values
@@ -147,7 +157,7 @@ def _group(
     seed: int,
     some_F: Tensor | None,
 ) -> Tensor:
-    """:func:`partition` of all neurons, or of ``some_F`` as if there were no others."""
+    """Compute the :func:`partition` of all neurons, or that of ``some_F`` as if there were no others."""
     ffn_size = view.spec.ffn_size if some_F is None else len(some_F)
     if name == "contiguous":
         return contiguous(ffn_size)
@@ -159,11 +169,14 @@ def _group(
     if contributions_TF is None:
         raise ValueError(
             "partition='coactivation' groups neurons by what they contribute on calibration data, and there is none: "
-            "pass calibration data, or choose partition='kmeans', which looks at weights alone"
+            "pass calibration data, or choose partition='kmeans', which needs none"
         )
     if contributions_TF.dim() != 2 or contributions_TF.shape[1] != view.spec.ffn_size:
         shape = list(contributions_TF.shape)
-        raise ValueError(f"contributions have shape {shape}, and the FFN {view.spec.ffn_size} neurons")
+        raise ValueError(
+            f"contributions have shape {shape}, and the FFN {view.spec.ffn_size} neurons: pass a matrix with a column "
+            "for each neuron"
+        )
     contributions_TF = contributions_TF.cpu()
     if some_F is not None:
         contributions_TF = contributions_TF[:, some_F]

@@ -1,4 +1,6 @@
-"""What ``sparsify`` will make of each layer: its order of neurons, its router, what sparsity costs there. Only reads.
+"""Planning what ``sparsify`` makes of each layer: its order of neurons, its router, and its cost of sparsity.
+
+The model is only read.
 
 Shapes: N calibration tokens, D hidden size, F neurons, E experts of S neurons.
 """
@@ -22,17 +24,17 @@ from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
 
 PARTITION_TOKENS = 4096
-"""Tokens whose activations decide which neurons form an expert, at most."""
+"""Largest number of tokens whose activations decide which neurons form an expert. A guess."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Of one layer.
+    """The plan of one layer.
 
     Attributes:
-        order_F: permutation of its neurons that forms the experts, shared ones first.
-        router: at its start.
-        curve: what leaving mass out costs; None with ``budget="uniform"``.
+        order_F: permutation of the neurons that forms the experts, shared experts first.
+        router: the router with its initial weights.
+        curve: cost of giving up router mass; None with ``budget="uniform"``.
     """
 
     order_F: Tensor
@@ -43,7 +45,7 @@ class LayerPlan:
 def plan_layers(
     model: nn.Module, views: Sequence[FFNView], config: SparsifyConfig, inputs: Inputs | None, progress: bool
 ) -> dict[str, LayerPlan]:
-    """Decide every layer's permutation and router, by its name."""
+    """Plan every layer, by its name."""
     plans: dict[str, LayerPlan] = {}
     fisher: dict[str, Tensor] = {}
     if config.budget == "sensitivity":
@@ -83,7 +85,7 @@ def _plan_layer(view: FFNView, x_ND: Tensor | None, config: SparsifyConfig, fish
 
 
 def _order(view: FFNView, h_NF: Tensor | None, config: SparsifyConfig) -> Tensor:
-    """The permutation that forms the experts, shared ones first."""
+    """Compute the permutation that forms the experts, shared experts first."""
     contributions = first_N = None
     shared = config.num_shared(view.spec.ffn_size)
     if h_NF is not None and (config.partition == "coactivation" or shared):

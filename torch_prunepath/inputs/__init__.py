@@ -1,1 +1,1 @@
-"""From whatever the caller has to what runs through the model, and what enters its FFNs."""
+"""Turning the caller's data into model inputs, and running them through a model while its FFNs are watched."""

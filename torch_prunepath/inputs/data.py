@@ -1,4 +1,4 @@
-"""Calibration and evaluation data: whatever the caller has -> model inputs; or text that the model writes itself.
+"""Calibration and evaluation data: turning texts, token ids and batches into model inputs, or letting the model write.
 
 Shapes: B rows, T tokens a row.
 """
@@ -15,24 +15,25 @@ from tqdm.auto import tqdm
 
 Inputs = dict[str, Any]
 ROW_TOKENS = 512
-"""Length of a row of calibration text, where the model allows it."""
+"""Tokens in a row of calibration text, where the model allows as many. Chosen without measurement: docs/log.md,
+"choosing the training-free defaults on SmolLM2-135M", leaves open whether longer rows are better."""
 
 
 def as_inputs(calibration: Any, model: nn.Module, tokenizer: Any = None, tokens: int | None = None) -> Inputs:
-    """One batch of model inputs from whatever the caller has.
+    """Make one batch of model inputs from texts, token ids or batches.
 
     Args:
         calibration: a list of texts (with ``tokenizer``); or token ids, int64 ``[B, T]`` or ``[T]``; or a dict of model
             inputs; or an iterable of such ids or dicts, which are padded to one length and joined.
         model: the model that will receive them; its device and padding token are used.
-        tokenizer: needed for texts.
-        tokens: keep at most about this many tokens (at least one row), evenly spread over the rows.
+        tokenizer: tokenizer for texts; not needed for other data.
+        tokens: largest number of tokens to keep, in whole rows (at least one) that are evenly spread; None: all.
 
     Returns:
         Keyword arguments for ``model``, on its device.
 
     Raises:
-        ValueError: if there is no data, texts come without tokenizer, or batches do not fit together.
+        ValueError: if there is no data, a tokenizer for texts is missing, or batches do not fit together.
         TypeError: if the data is of another type.
     """
     batches: list[Any] = [calibration] if isinstance(calibration, Tensor | Mapping | str) else _listed(calibration)
@@ -94,7 +95,7 @@ def _join(batches: list[Inputs], padding_id: int) -> Inputs:
             values = [nn.functional.pad(value, (0, width - value.shape[1]), value=fill) for value in values]
         if len({tuple(value.shape[1:]) for value in values}) > 1:
             raise ValueError(
-                f"calibration batches differ in the shape of {key!r}: make them alike but for the batch size"
+                f"calibration batches differ in the shape of {key!r}: give all of them one shape, batch size apart"
             )
         joined[key] = torch.cat(values)
     return joined
@@ -114,7 +115,7 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def row_length(model: nn.Module) -> int:
-    """Tokens in a row of calibration text: 512, or what the model's positions allow."""
+    """Return the tokens in a row of calibration text: ``ROW_TOKENS``, or fewer if the model has fewer positions."""
     config = _config(model)
     limits = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
     # RoBERTa counts positions from its padding index + 1.
@@ -136,7 +137,7 @@ def _tokenize(texts: list[str], model: nn.Module, tokenizer: Any) -> list[Inputs
 
 
 def can_sample(model: nn.Module) -> bool:
-    """Whether :func:`sample_text` works: a causal language model that generates from token ids alone."""
+    """Whether :func:`sample_text` can use the model: a causal language model that generates from token ids alone."""
     can_generate = getattr(model, "can_generate", None)
     return bool(
         can_generate is not None
@@ -152,7 +153,7 @@ def sample_text(model: Any, tokens: int, seed: int = 0, progress: bool = True) -
     The global random state is left as it was.
 
     Raises:
-        ValueError: if the model is no causal language model (see :func:`can_sample`).
+        ValueError: if :func:`can_sample` is false for the model.
     """
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -199,9 +200,9 @@ def sample_text(model: Any, tokens: int, seed: int = 0, progress: bool = True) -
 
 
 def iterate_inputs(batches: Any, model: nn.Module, tokenizer: Any = None) -> list[Inputs]:
-    """Batches for evaluation, one by one, each as keyword arguments on the model's device; texts become rows.
+    """Turn data into batches for evaluation, each as keyword arguments for the model on its device.
 
-    Takes what :func:`as_inputs` takes.
+    It takes the same data as :func:`as_inputs`. Texts become rows, eight to a batch (a guess).
     """
     if isinstance(batches, Tensor | Mapping | str):
         batches = [batches]
@@ -215,7 +216,7 @@ def iterate_inputs(batches: Any, model: nn.Module, tokenizer: Any = None) -> lis
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own mode comes back."""
+    """Put the model into evaluation mode while the context is open, then restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -227,6 +228,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """:func:`evaluation_mode`, and no gradients."""
+    """Open :func:`evaluation_mode` and switch gradients off."""
     with evaluation_mode(model), torch.no_grad():
         yield

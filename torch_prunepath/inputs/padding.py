@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are padding, by the attention masks of the models inside it.
+"""Telling which tokens of a forward pass are padding, from the attention masks of the models inside it.
 
 Shapes: N tokens in all.
 """
@@ -14,22 +14,23 @@ import torch
 from torch import Tensor, nn
 
 SOUND = ("input_features", "input_values")
-"""Inputs whose mask is over frames or samples, of which several become one token."""
+"""Names of inputs whose mask is over frames or samples of sound, several of which become one token."""
 
 
 @dataclass(frozen=True)
 class _Masks:
-    """1 for real tokens, 0 for padding: among a stack's own tokens, and among those of a decoder inside it."""
+    """Masks of a stack's own tokens and of a decoder's inside it: 1 for real tokens, 0 for padding."""
 
     own: Tensor | None = None
     decoder: Tensor | None = None
 
 
 class PaddingTracker:
-    """Knows, inside a forward pass, which tokens are padding: ``keep(shape)`` is bool ``[N]``, or None for all.
+    """A context in which :meth:`keep` tells, inside a forward pass, which tokens are padding.
 
-    Watches the ``attention_mask`` of the model and of every stack inside it. A decoder that attends to an encoder never
-    takes the encoder's mask: where it has none of its own, ``labels`` tell where its rows end, if there are any.
+    It watches the ``attention_mask`` of the model and of every stack (a transformers model inside it). The mask of an
+    encoder is never used for a decoder that attends to it: where the decoder has no mask, ``labels`` tell where its
+    rows end, if there are any.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,7 +79,11 @@ class PaddingTracker:
         self._masks.pop()
 
     def keep(self, shape: Sequence[int]) -> Tensor | None:
-        """Which tokens of an activation with leading dimensions ``shape`` are real."""
+        """Return which tokens of an activation are real, bool ``[N]``, or None if all are or it is not known.
+
+        Args:
+            shape: shape of the activation without its last dimension.
+        """
         mask = self._masks[-1].own if self._masks else None
         if mask is None:
             return None
@@ -94,10 +99,10 @@ def _two_dimensional(mask: Any) -> Tensor | None:
 
 
 def _attended(mask: Any) -> Tensor | None:
-    """Which of the tokens that ask are attended to, bool ``[B, Q]``, from attention's own mask ``[B, 1, Q, K]``.
+    """Return which of the query tokens are attended to, bool ``[B, Q]``, from an attention mask ``[B, 1, Q, K]``.
 
-    ``generate`` gives that one with a static cache, in which later places are free: the last key that anyone attends to
-    is the last token that asks.
+    ``generate`` passes such a mask with a static cache, whose later places are empty. So the last key to which any
+    query attends belongs to the last query.
     """
     if isinstance(mask, Mapping):  # one for each kind of attention
         mask = mask.get("full_attention")
@@ -111,5 +116,8 @@ def _attended(mask: Any) -> Tensor | None:
 
 
 def _up_to_the_end(labels_BT: Tensor) -> Tensor:
-    """1 up to the last label of each row that counts, 0 after it; -100 before that one is a prompt, no padding."""
+    """Mark the tokens up to each row's last label that counts, bool ``[B, T]``.
+
+    Labels of -100 before it belong to a prompt, not to padding.
+    """
     return (labels_BT != -100).flip(1).cummax(1).values.flip(1)

@@ -1,4 +1,4 @@
-"""Running data through a model while watching what enters its FFNs.
+"""Running data through a model while the inputs of its FFNs are watched.
 
 Shapes: N tokens in all, D hidden size.
 """
@@ -19,19 +19,19 @@ from torch_prunepath.layer.ffn import FFNView
 
 
 class _LastFFNSeen(Exception):
-    """Ends a forward pass once nothing more is to be seen."""
+    """An exception that ends a forward pass when the last FFN has been seen."""
 
 
 def visit_inputs(
     model: nn.Module, views: Sequence[FFNView], inputs: Inputs, visit: Callable[[FFNView, Tensor], None]
 ) -> None:
-    """Run ``inputs`` through a dense model and call ``visit(view, x_ND)`` with what enters each FFN, as it runs.
+    """Run ``inputs`` through a dense model, and call ``visit(view, x_ND)`` with the input of each FFN as it runs.
 
-    One FFN's input is alive at a time, and nothing after the last FFN is computed. Padding is left out. An FFN that is
-    called several times in one pass (shared layers) is visited once, with an even share of each call's tokens.
+    Only one FFN's input is in memory at a time, and nothing after the last FFN is computed. Padding is left out. An FFN
+    that is called several times in one pass (shared layers) is visited once, with an even share of each call's tokens.
 
     Raises:
-        ValueError: if some FFN is not reached by these inputs.
+        ValueError: if these inputs do not run some FFN.
     """
     calls = _count_calls(model, views, inputs)
     missed = [view.site for view in views if not calls[view.site]]
@@ -68,7 +68,7 @@ def visit_inputs(
 
 
 def _count_calls(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> dict[str, int]:
-    """How often one forward pass calls each FFN, from a pass over a sliver of the inputs."""
+    """Count how often one forward pass calls each FFN, with a pass over a small part of the inputs."""
     calls = {view.site: 0 for view in views}
 
     def count(view: FFNView) -> Callable[..., None]:
@@ -99,7 +99,7 @@ def removing(handle: Any) -> Iterator[None]:
 
 
 def quiet(model: nn.Module, inputs: Inputs) -> Inputs:
-    """``inputs``, and no cache where the model knows of one."""
+    """Add ``use_cache=False`` to the inputs of a model that has that option."""
     if (
         hasattr(getattr(model, "config", None), "use_cache")
         and "use_cache" in inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""``TrainingArguments`` and ``TrainConfig``: what both can say, and that they say the same."""
+"""Making ``TrainingArguments`` and ``TrainConfig`` agree on the settings that both of them have."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import TrainingArguments
 from torch_prunepath.train.config import TrainConfig
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-"""``TrainConfig.decay`` in the words of ``TrainingArguments``."""
+"""The name that ``TrainingArguments`` has for each value of ``TrainConfig.decay``."""
 
 
 def trainer_arguments(config: TrainConfig) -> dict[str, Any]:
-    """What ``TrainingArguments`` have to say so that ``PrunePathTrainer`` trains as ``config`` does.
+    """Return the arguments with which ``PrunePathTrainer`` trains as ``config`` says, for ``TrainingArguments``.
 
-    Besides what both can say, Trainer's filter of infinite losses is off: it waits for the device in every step, and
-    the trainer stops at such a loss.
+    Trainer's filter of infinite losses is switched off: it waits for the device in every step, and
+    ``PrunePathTrainer`` stops at such a loss anyway.
 
     Example::
 
@@ -42,10 +42,10 @@ def trainer_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def as_said(config: TrainConfig, args: TrainingArguments) -> TrainConfig:
-    """``config`` with what ``args`` say in place of its own.
+    """Return ``config`` with the values of ``args`` in the fields that both have.
 
     Raises:
-        ValueError: if the config says something else.
+        ValueError: if a field of the config is not at its default and differs from ``args``.
     """
     steps = args.max_steps if args.max_steps > 0 else None
     warmup = args.warmup_steps if args.warmup_steps < 1 else None if steps is None else args.warmup_steps / steps
@@ -84,10 +84,11 @@ def _same(mine: Any, theirs: Any) -> bool:
 
 
 def refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
-    """Refuse what the trainer does not do.
+    """Refuse arguments for things that ``PrunePathTrainer`` does not do.
 
     Raises:
-        ValueError: with a remedy.
+        ValueError: if a ``model_init``, a loss function, label smoothing, ``torch_compile``,
+            ``ddp_find_unused_parameters`` or DataParallel (several GPUs in one process) is asked for.
     """
     if kwargs.get("model_init") is not None or kwargs.get("compute_loss_func") is not None:
         raise ValueError(
@@ -96,10 +97,8 @@ def refuse(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
     if args.label_smoothing_factor:
         raise ValueError("PrunePathTrainer does not smooth labels: leave label_smoothing_factor at 0")
     if args.torch_compile:
-        raise ValueError(
-            "torch_compile compiles the model as a whole: pass compile=True to PrunePathTrainer in its place"
-        )
+        raise ValueError("torch_compile compiles the model as a whole: pass compile=True to PrunePathTrainer instead")
     if args.ddp_find_unused_parameters:
         raise ValueError("routers have losses of their own, outside the model: leave ddp_find_unused_parameters unset")
     if args.n_gpu > 1:
-        raise ValueError("DataParallel copies the model for each batch: run one process a GPU, with torchrun")
+        raise ValueError("DataParallel copies the model for each batch: run one process for each GPU, with torchrun")

@@ -1,4 +1,4 @@
-"""From what the caller iterates over to model inputs with labels, and what counts in them."""
+"""Batches for training: turning the caller's batches into model inputs with labels, and counting tokens and labels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch_prunepath.inputs.data import Inputs, can_sample
 
 IGNORED = -100
-"""The label that no loss counts."""
+"""The label of positions that no loss counts, as in torch's ``cross_entropy`` and in transformers."""
 
 
 def as_dict(batch: Any) -> Inputs:
-    """The batch as a dict of its own.
+    """Copy a batch into a new dict.
 
     Raises:
-        ValueError: if it is no mapping.
+        ValueError: if the batch is not a mapping.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch must be a dict of model inputs, not {type(batch).__name__}: wrap it in a collator")
@@ -29,10 +29,12 @@ def as_dict(batch: Any) -> Inputs:
 
 
 def with_labels(batch: Any, causal: bool) -> Inputs:
-    """A batch as a dict with labels; a causal language model's own tokens where it has none, padding left out.
+    """Copy a batch into a dict that has labels.
+
+    Where it has none, the labels of a causal language model are the tokens themselves, without padding.
 
     Raises:
-        ValueError: if the batch is no mapping, or has no labels and the model is no causal language model.
+        ValueError: if the batch is not a mapping, or has no labels and the model is not a causal language model.
     """
     inputs = as_dict(batch)
     if inputs.get("labels") is None:
@@ -46,7 +48,7 @@ def with_labels(batch: Any, causal: bool) -> Inputs:
 
 
 def on_device(batch: Inputs, device: torch.device) -> Inputs:
-    """The batch's tensors on the device; the copy to CUDA waits for nothing that is queued there."""
+    """Copy the batch's tensors to the device; a copy to CUDA does not wait for work that is queued there."""
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -59,7 +61,7 @@ def on_device(batch: Inputs, device: torch.device) -> Inputs:
 
 
 def count_labels(batch: Inputs, causal: bool) -> Tensor:
-    """How many labels the model's mean loss is over, 0-d float32, on the batch's device."""
+    """Count the labels over which the model takes its mean loss: 0-d float32, on the batch's device."""
     labels: Tensor = batch["labels"]
     # A causal language model predicts each token from those before it: nothing predicts the first.
     counted = labels[:, 1:] if causal and labels.dim() == 2 else labels
@@ -67,7 +69,10 @@ def count_labels(batch: Inputs, causal: bool) -> Tensor:
 
 
 def count_tokens(batch: Inputs) -> Tensor:
-    """How many tokens are no padding, 0-d float32, on the batch's device; rows where there is no text."""
+    """Count the tokens that are not padding, or the rows where the batch holds no tokens: 0-d float32.
+
+    The count is on the device of the attention mask if there is one, otherwise on the CPU.
+    """
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return (mask != 0).sum().float()
@@ -78,7 +83,12 @@ def count_tokens(batch: Inputs) -> Tensor:
 
 
 def logit_weights(batch: Inputs, shape: tuple[int, ...]) -> Tensor | None:
-    """Which of the logits' leading positions count, flattened float32; None for all."""
+    """Weight of each position of the logits, flattened float32: 1 if it counts, 0 if not. None if all count.
+
+    Args:
+        batch: the model inputs.
+        shape: shape of the logits without the vocabulary.
+    """
     for key in ("decoder_attention_mask", "attention_mask"):
         mask = batch.get(key)
         if isinstance(mask, Tensor) and tuple(mask.shape) == shape:
@@ -93,15 +103,15 @@ def logit_weights(batch: Inputs, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the model predicts each token of ``input_ids`` from those before."""
+    """Whether the model predicts each token of ``input_ids`` from the tokens before it."""
     return can_sample(model)
 
 
 def endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
-    """The batches over and over, without the first ``skip``.
+    """Repeat the batches without end, leaving out the first ``skip``.
 
     Raises:
-        ValueError: if they end and cannot be iterated again.
+        ValueError: if the batches end and cannot be iterated again.
     """
     seen = 0
     while True:
@@ -112,8 +122,8 @@ def endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
                 yield batch
         if seen == before:
             raise ValueError(
-                f"the batches ended after {seen}: pass a list or a data loader, which can be iterated again, "
-                "or ask for fewer steps"
+                f"the batches ended after {seen} and cannot be iterated again: pass a list or a data loader, or ask "
+                "for fewer steps"
             )
 
 
@@ -123,12 +133,12 @@ def take(batches: Iterator[Any], number: int) -> list[Any]:
 
 
 class Batches:
-    """Windows as batches of model inputs, in an order that the seed decides: the same in every pass.
+    """Windows of tokens as batches of model inputs, in an order that depends on the seed and is the same in every pass.
 
     Args:
-        window_NC: int64 ``[N, C]``.
-        rows: windows a batch, at most.
-        seed: of the order.
+        window_NC: token ids, int64 ``[N, C]``: N windows of C tokens.
+        rows: largest number of windows in a batch.
+        seed: seed of the order.
     """
 
     def __init__(self, window_NC: Tensor, rows: int, seed: int) -> None:
@@ -143,18 +153,18 @@ class Batches:
             yield {"input_ids": window_BC}
 
     def fingerprint(self) -> str:
-        """Differs where the batches do."""
+        """Return a hash that differs when the batches differ."""
         found = hashlib.sha256(f"{self.rows} {tuple(self._window_NC.shape)}".encode())
         found.update(self._window_NC.contiguous().numpy().tobytes())
         return found.hexdigest()
 
 
 class Later:
-    """Batches that begin later in their order: a stage goes on where the one before it stopped.
+    """The same batches, starting later in their order, so that a stage goes on where the stage before it stopped.
 
     Args:
-        batches: sized; in the same order each time.
-        skip: how many came before.
+        batches: an iterable with a length, in the same order each time.
+        skip: number of batches that came before.
     """
 
     def __init__(self, batches: Any, skip: int) -> None:

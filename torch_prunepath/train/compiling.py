@@ -1,4 +1,7 @@
-"""torch.compile for training: the blocks that hold the FFNs, losses on their routers included, and the model's loss."""
+"""torch.compile for training.
+
+What is compiled are the blocks that hold the FFNs, with the losses on their routers, and the model's loss function.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,22 @@ from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.shard import is_sharded
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-"""Of ``torch.compile``; other names are backends."""
+"""Modes of ``torch.compile``; any other name is taken as the name of a backend."""
 VARIANTS = 64
-"""Of one block's code that are compiled in a process: torch's own 8 is passed by some runs that differ, and what comes
-after that would run eager without a word."""
+"""Largest number of times that one block's code may be compiled in a process. torch's default of 8 is too small for a
+few different runs in one process, and after it torch runs the block eagerly without an error. 64 is a guess."""
 RECORDING_MODES: Mapping[str, str] = MappingProxyType(
     {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 )
-"""Those that replay CUDA graphs, whose outputs the next replay writes over; and the same without."""
+"""For each mode that replays CUDA graphs, the same mode without them. A replay overwrites the outputs of the one
+before it."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks that hold the FFNs, sparse or dense: for each FFN the outermost entry of a ``ModuleList``.
+    """Return the repeated blocks that hold the FFNs, sparse or dense.
 
-    An FFN that is in no list is a block of its own. Blocks that are alike share what is compiled.
+    The block of an FFN is the outermost entry of a ``ModuleList`` that holds it, or the FFN itself if it is in no list.
+    Blocks that are alike share compiled code.
     """
     sparse = [name for name, module in model.named_modules() if isinstance(module, RoutedExperts)]
     names = sparse or [spec.name for spec in find_ffns(model)]
@@ -49,14 +54,14 @@ def _block_of(model: nn.Module, name: str) -> nn.Module:
 
 @contextlib.contextmanager
 def compiled_blocks(model: nn.Module, how: str | bool = True) -> Iterator[None]:
-    """Inside the context the model's :func:`blocks`, and a transformers model's loss function, run compiled.
+    """Run the model's :func:`blocks`, and a transformers model's loss function, compiled while the context is open.
 
-    What :class:`torch_prunepath.train.RoutingTape` records of a block is computed inside of it.
+    What :class:`torch_prunepath.train.RoutingTape` records of a block is computed in the compiled block.
 
     Args:
-        model: sparse or dense.
-        how: the mode (``"reduce-overhead"`` takes the host's part of a step away, on CUDA) or the backend of
-            ``torch.compile``; True is its default, False compiles nothing.
+        model: a sparse or dense model.
+        how: the mode or the backend of ``torch.compile``. True is torch's default; False compiles nothing. On CUDA,
+            ``"reduce-overhead"`` removes the host's work in a step.
 
     Raises:
         ValueError: if a block was compiled before, or ``how`` is not known.
@@ -88,10 +93,10 @@ def compiled_blocks(model: nn.Module, how: str | bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled_with_teacher(model: nn.Module, teacher: nn.Module | None, how: str | bool) -> Iterator[None]:
-    """:func:`compiled_blocks` of a model that is trained, and of its teacher.
+    """Open :func:`compiled_blocks` for a model that is trained and for its teacher.
 
-    A teacher records no CUDA graphs: without a backward pass to wait for, one block's replay would write over what the
-    block before it answered.
+    A teacher records no CUDA graphs: as no backward pass waits for its outputs, the replay of one block would overwrite
+    the output of the block before it.
     """
     apart = RECORDING_MODES.get(how, how) if isinstance(how, str) else how
     with compiled_blocks(model, how), contextlib.ExitStack() as stack:
@@ -101,10 +106,10 @@ def compiled_with_teacher(model: nn.Module, teacher: nn.Module | None, how: str 
 
 
 def check_how(how: str | bool) -> None:
-    """Refuse what is neither a mode nor a backend.
+    """Refuse a name that is neither a mode nor a backend of ``torch.compile``.
 
     Raises:
-        ValueError: with the modes.
+        ValueError: if ``how`` is such a name.
     """
     if isinstance(how, str) and how not in MODES and how not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(f"compile={how!r}: torch.compile knows no such mode: choose from {', '.join(MODES)}")
@@ -120,11 +125,11 @@ def _options(how: str | bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def keep_gradients(model: nn.Module, how: str | bool) -> None:
-    """Copy the gradients out of CUDA graphs' memory; to be called between the batches that a step adds up.
+    """Copy the gradients out of the memory of CUDA graphs. Call it between the batches that a step adds up.
 
     Args:
-        model: whose blocks were compiled.
-        how: as given to :func:`compiled_blocks`; nothing is done unless CUDA graphs are recorded.
+        model: the model with the compiled blocks.
+        how: the value given to :func:`compiled_blocks`; unless its mode records CUDA graphs, nothing is done.
     """
     if how in RECORDING_MODES:
         for parameter in model.parameters():
@@ -133,15 +138,15 @@ def keep_gradients(model: nn.Module, how: str | bool) -> None:
 
 
 def check_compilable(model: nn.Module, config: TrainConfig, *, checkpointing: bool | None = False) -> None:
-    """Refuse what :func:`compiled_blocks` cannot train.
+    """Refuse a run that :func:`compiled_blocks` cannot train.
 
     Args:
-        model: to be trained.
-        config: says how.
+        model: the model to be trained.
+        config: how it is to be trained.
         checkpointing: whether gradient checkpointing will be switched on.
 
     Raises:
-        ValueError: with a remedy.
+        ValueError: if ``distill_ffn`` has a weight, the model is sharded, or gradient checkpointing is on.
     """
     if config.distill_ffn:
         raise ValueError("distill_ffn watches outputs with hooks, which compiled blocks do not call: do not compile")

@@ -1,4 +1,4 @@
-"""How a sparse model is trained: one frozen value, validated where it is built."""
+"""``TrainConfig``, the frozen value that says how a sparse model is trained; it is validated where it is built."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Decay = Literal["cosine", "linear", "constant"]
 LOSSES = ("task", "entropy", "load_balance", "lte_separation", "contribution_fit", "distill_logits", "distill_ffn")
 """Names of the loss weights, in the order in which terms are reported."""
 ROUTER_LOSSES = ("entropy", "load_balance", "lte_separation", "contribution_fit")
-"""Those whose gradient reaches routers without going through the model's output."""
+"""Names of the losses whose gradient reaches routers without going through the model's output."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What :func:`torch_prunepath.train.train` does.
+    """The settings with which :func:`torch_prunepath.train.train` trains a model.
 
     Attributes:
         steps: optimiser steps; leave None and give ``epochs`` instead for passes over the batches.
@@ -28,29 +28,30 @@ class TrainConfig:
         phases: how sparse each part of the run is; see :mod:`torch_prunepath.train.schedule`.
         train: ``"all"`` parameters that require a gradient, or ``"routers"`` alone.
         lr: peak learning rate of the model's own weights (AdamW).
-        router_lr: of routers.
-        norm_lr: of normalisation layers' weights; None: as ``lr``.
-        weight_decay: of matrices; biases and normalisation layers have none.
+        router_lr: peak learning rate of routers.
+        norm_lr: peak learning rate of normalisation layers' weights; None: the same as ``lr``.
+        weight_decay: weight decay of matrices; biases and normalisation layers have none.
         warmup: share of the steps over which learning rates rise from 0.
-        decay: how they fall afterwards, to 0 at the end: ``"cosine"``, ``"linear"``, or ``"constant"`` (not at all).
+        decay: how learning rates fall afterwards, to 0 at the end: ``"cosine"``, ``"linear"``, or ``"constant"`` (not
+            at all).
         accumulation: batches a step. Terms that are means over tokens come out as for one large batch; ``load_balance``
             and ``distill_ffn`` are not such means and are taken batch by batch.
-        clip: largest norm of the gradient; None: unclipped.
+        clip: largest norm of the gradient; None does not limit it.
         autocast: run the model in bfloat16 autocast; weights and optimiser keep their dtype.
-        seed: of dropout, drawn sparsities and sampled tokens.
+        seed: seed of dropout, drawn sparsities and sampled tokens.
         task: weight of the model's own loss.
         entropy: weight of :func:`torch_prunepath.train.losses.entropy`.
         load_balance: weight of :func:`torch_prunepath.train.losses.load_balance`.
         lte_separation: weight of :func:`torch_prunepath.train.losses.lte_separation`.
         contribution_fit: weight of :func:`torch_prunepath.train.losses.contribution_fit`.
         distill_logits: weight of :func:`torch_prunepath.train.losses.distill_logits`; needs a teacher.
-        distill_ffn: weight of :func:`torch_prunepath.train.losses.distill_ffn`, towards the layer's own experts all
-            active.
+        distill_ffn: weight of :func:`torch_prunepath.train.losses.distill_ffn`, whose target is the layer's output with
+            all of its own experts active.
         separation_eta: eta inside ``lte_separation``.
-        fit_tokens: tokens a batch that ``contribution_fit`` samples.
-        fit_detached: keep the gradient of ``contribution_fit`` to the routers.
-        temperature: of ``distill_logits``.
-        control_rate: see :class:`torch_prunepath.train.controller.SparsityController`.
+        fit_tokens: tokens that ``contribution_fit`` samples from each batch.
+        fit_detached: let the gradient of ``contribution_fit`` reach the routers only.
+        temperature: temperature of ``distill_logits``.
+        control_rate: ``rate`` of :class:`torch_prunepath.train.controller.SparsityController`, in (0, 1).
     """
 
     steps: int | None = None
@@ -104,21 +105,21 @@ class TrainConfig:
 
     @property
     def trains_routers_apart(self) -> bool:
-        """Whether a loss in ``ROUTER_LOSSES`` is on."""
+        """Whether a loss in ``ROUTER_LOSSES`` has a weight."""
         return bool(self.losses.keys() & set(ROUTER_LOSSES))
 
     @property
     def losses(self) -> dict[str, float]:
-        """Weights of the losses that are on."""
+        """Weights of the losses whose weight is not 0, by name."""
         return {name: getattr(self, name) for name in LOSSES if getattr(self, name)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return {**dataclasses.asdict(self), "phases": [dataclasses.asdict(phase) for phase in self.phases]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_dict`.
+        """Build a config from the result of :meth:`to_dict`.
 
         Raises:
             ValueError: if a name is not known or a value is refused.

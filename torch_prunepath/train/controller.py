@@ -1,9 +1,10 @@
 """Holding realised sparsity at a target while the model changes, by choosing tau.
 
-logit(tau) is close to a straight line in logit(sparsity). The controller keeps the latest observations of both and, for
-a target, evaluates the line through them, those near the target and the latest ones weighing most: for one target that
-is an integral controller, and for many targets at once each serves the others. An observation belongs to the tau that
-it was made with, so that it may come a step late without making the loop unstable.
+As a function of logit(sparsity), logit(tau) is close to a straight line. The controller keeps the latest observations
+of both, fits a line through them, and reads tau off it at the target. Observations that are recent or near the target
+weigh most. With one target this is an integral controller; with many targets, observations of one help to reach the
+others. Each observation is stored with the tau that gave it, so it may come a step late without making the control
+unstable.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from torch_prunepath.search import SLOPES, logit, logit_of_share, sigmoid
 logger = logging.getLogger(__name__)
 
 LOGIT_RANGE = (-60.0, 16.0)
-"""Range of logit(tau): layers with small budgets need a tau many orders of magnitude below 1."""
+"""Range of logit(tau). It reaches far down because layers with small budgets need a tau many orders of magnitude below
+1. Both ends are guesses."""
 
 MEMORY = 64
-"""How many observations are kept: at the default rate those that are older weigh nothing."""
+"""Number of observations that are kept. At the default rate of 0.3, the next older one would weigh 0.7^64, or 1e-10."""
 
 NEAR = 1.5
-"""Distance in logit(sparsity) beyond which an observation weighs little: from 0.5 to 0.8 it is 1.4."""
+"""Standard deviation, in logit(sparsity), of the weight that falls with an observation's distance from the target. The
+distance from 0.5 to 0.8 is 1.4. A guess."""
 
 PRIOR = 0.01
-"""Variance of logit(sparsity) from which on observations decide the slope, which is -1 before: batches alone vary it
-by less."""
+"""Variance of logit(sparsity) above which the observations decide the slope of the line more than the value assumed at
+the start, -1. It is meant to lie above the variance that different batches cause; a guess."""
 
 
 class SparsityController:
-    """Chooses tau for a target sparsity, from the sparsities that earlier choices gave.
+    """A controller that chooses tau for a target sparsity from the sparsities that earlier choices gave.
 
     Args:
-        rate: in (0, 1): how much less each observation weighs than the one after it; smaller is smoother where batches
-            differ, larger follows a changing model faster.
+        rate: how much less each observation weighs than the one after it, in (0, 1). A smaller rate is smoother where
+            batches differ; a larger one follows a changing model faster.
 
     Example::
 
@@ -54,7 +57,7 @@ class SparsityController:
         self._warned = False
 
     def tau_for(self, sparsity: float) -> float:
-        """The tau expected to give this sparsity; exactly 1 for sparsity 0."""
+        """Return the tau that is expected to give this sparsity; exactly 1 for sparsity 0."""
         if sparsity == 0.0:
             return 1.0
         target = logit_of_share(sparsity)
@@ -75,7 +78,7 @@ class SparsityController:
         return float(mean_u + slope * (target - mean_v))
 
     def observe(self, tau: float, sparsity: float) -> None:
-        """Learn that a step run at ``tau`` realised ``sparsity``. tau = 1 teaches nothing."""
+        """Learn that a step run at ``tau`` realised ``sparsity``. An observation at tau = 1 is ignored."""
         if not 0.0 < tau < 1.0:
             return
         u = logit(tau)
@@ -83,16 +86,16 @@ class SparsityController:
         if u <= LOGIT_RANGE[0] + 1e-3 and not self._warned:
             self._warned = True
             logger.warning(
-                "the target sparsity is out of reach: %.3f is realised with one expert a layer; ask for less, or build "
-                "the model with a smaller expert_size",
+                "the target sparsity is out of reach: with one expert active in each layer it is %.3f; ask for less, "
+                "or build the model with a smaller expert_size",
                 sparsity,
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything learnt, as plain values."""
+        """Return everything that was learnt, as plain values."""
         return {"rate": self.rate, "seen": [list(pair) for pair in self._seen]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Take over what another controller's :meth:`state_dict` returned."""
         self.rate = state["rate"]
         self._seen = [(float(v), float(u)) for v, u in state["seen"]]

@@ -35,27 +35,28 @@ def train(
     progress: bool = True,
     callback: Callback | None = None,
 ) -> list[Record]:
-    """Train a sparse model in place; afterwards its tau is that of the last step (see :func:`set_sparsity`).
+    """Train a sparse model in place. Its tau is afterwards that of the last step (see :func:`set_sparsity`).
 
     Args:
-        model: a sparse model whose weights are in the dtype that the optimiser shall work in (float32; see
-            ``config.autocast``); or one wrapped in ``DistributedDataParallel``, or sharded with FSDP2 (see
-            :func:`torch_prunepath.train.contiguous`), whose processes count alike whatever number of tokens each has.
-        batches: dicts of model inputs with ``labels``; or with ``input_ids`` alone, for a causal language model.
-            Iterated over and over; in the same order each time if runs shall be resumable.
-        config: see :class:`TrainConfig` and :mod:`torch_prunepath.train.recipes`.
+        model: a sparse model whose weights have the dtype that the optimiser works in (float32; see
+            ``config.autocast``). It may be wrapped in ``DistributedDataParallel`` or sharded with FSDP2 (see
+            :func:`torch_prunepath.train.contiguous`); then every process has the same weight, however many tokens it
+            has.
+        batches: dicts of model inputs with ``labels``; or with ``input_ids`` alone, for a causal language model. They
+            are iterated as often as needed. To resume a run, they must come in the same order each time.
+        config: the settings of the run, see :class:`TrainConfig` and :mod:`torch_prunepath.train.recipes`.
         teacher: the dense model, for ``config.distill_logits``.
-        state: a run to go on with, ``TrainState(model, config)`` after ``load_state_dict``; None starts one.
+        state: a run to go on with, ``TrainState(model, config)`` after ``load_state_dict``; None starts a new one.
         compile: run the model's blocks (and the teacher's) through ``torch.compile``, in the mode or with the backend
             of this name; see :func:`torch_prunepath.train.compiled_blocks`. Batches should have one shape.
         progress: show a progress bar with loss, realised sparsity and tau.
-        callback: called as ``callback(state, record)`` for each step; a true answer ends the run. So that the device
-            never waits, the record is that of the step before the last that ``state`` has done; where the
-            run is ended so, the last step's record comes first in the run that goes on from ``state``.
+        callback: called as ``callback(state, record)`` for each step; a true result ends the run. So that the device
+            never waits, ``record`` is one step older than ``state``. If the callback ends the run, the record of the
+            last step comes first in the run that goes on from ``state``.
 
     Returns:
-        A record a step: ``step``, ``loss``, its unweighted terms by name, realised ``sparsity``, ``target`` sparsity if
-        there was one, ``tau``, and ``lr``, that of the trunk's peak times the schedule.
+        One record for each step: ``step``, ``loss``, its unweighted terms by name, realised ``sparsity``, ``target``
+        sparsity if there was one, ``tau``, and ``lr``, the learning rate of the model's own weights.
 
     Raises:
         ValueError: if model, batches, teacher and config do not fit together.
@@ -83,10 +84,10 @@ def train(
 
 
 def steps_of(config: TrainConfig, batches: Iterable[Any]) -> int:
-    """Optimiser steps of a whole run over these batches.
+    """Return the number of optimiser steps of a whole run over these batches.
 
     Raises:
-        ValueError: if the config says epochs, and the number of batches is not known.
+        ValueError: if the config gives epochs and the number of batches is not known.
     """
     if config.steps is not None:
         return config.steps
@@ -118,7 +119,7 @@ class _Run:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Modes, frozen parameters and random numbers as training needs them; afterwards as they were."""
+        """Set modes, frozen parameters and random numbers as training needs them, and restore them afterwards."""
         objective = self.objective
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.model))
@@ -136,7 +137,7 @@ class _Run:
                     set_tau(objective.inner, objective.tau)
 
     def step(self, group: Sequence[Any]) -> list[Record]:
-        """One optimiser step over some batches; the record of the step before."""
+        """Do one optimiser step over some batches, and return the record of the step before."""
         state, config = self.state, self.config
         factor = lr_factor(config, state.step, self.steps)
         for settings in state.optimizer.param_groups:
@@ -150,7 +151,7 @@ class _Run:
         return self.objective.end(lr=config.lr * factor)
 
     def backward(self, group: Sequence[Any]) -> dict[str, Tensor]:
-        """Add up the gradients of some batches as for one large batch; returns their means, on the device."""
+        """Add up the gradients of some batches as for one large batch. Returns the step's means, on the device."""
         batches = self.objective.begin(group)
         for number, batch in enumerate(batches, 1):
             if number > 1:
@@ -160,5 +161,5 @@ class _Run:
         return self.objective.stats
 
     def _apart(self) -> contextlib.AbstractContextManager[None]:
-        """Gradients stay in their process, until those of the step's last batch."""
+        """Keep the gradients of a batch in this process; those of the step's last batch are exchanged."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()

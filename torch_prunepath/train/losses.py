@@ -1,7 +1,7 @@
-"""Losses on router scores, logits and FFN outputs of one layer or one batch. Pure; every one weighs tokens.
+"""Losses on router scores, logits and FFN outputs of one layer or one batch. All are pure and weigh tokens.
 
-``weight_T`` is 0 for tokens that do not count (padding), None if all count alike. A mean over layers is the caller's
-plain mean over calls.
+``weight_T`` is 0 for tokens that do not count (padding), or None if all count alike. The mean over layers is left to
+the caller.
 
 Shapes: T tokens, E experts, V vocabulary, D hidden size.
 """
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 19
-"""That are widened to float32 at a time, where no kernel does it: what a CPU's caches hold, see docs/log.md."""
+"""Number of logits that are widened to float32 at a time where there is no kernel: few enough for a CPU's caches. It
+was close to the fastest size tried (docs/log.md, "everything distilled, few labels, and what a teacher costs")."""
 
 
 def weighted_mean(values_T: Tensor, weight_T: Tensor | None) -> Tensor:
-    """Mean over the first dimension, by token weight; 0 if no token counts."""
+    """Weighted mean over the tokens, which are the first dimension; 0 if no token counts."""
     if weight_T is None:
         return values_T.mean(0)
     weight_T = weight_T.to(values_T.dtype)
@@ -27,7 +28,7 @@ def weighted_mean(values_T: Tensor, weight_T: Tensor | None) -> Tensor:
 
 
 def entropy(scores_TE: Tensor, weight_T: Tensor | None = None) -> Tensor:
-    """Mean entropy of ``softmax(scores)``, in nats: what PrunePath (arXiv 2605.28283) adds to the task loss."""
+    """Mean entropy of ``softmax(scores)``, in nats, which PrunePath (arXiv 2605.28283) adds to the task loss."""
     log_p_TE = scores_TE.log_softmax(-1)
     return weighted_mean(-(log_p_TE.exp() * log_p_TE).sum(-1), weight_T)
 
@@ -46,8 +47,8 @@ def lte_separation(
     Args:
         scores_TE: router scores.
         weight_T: token weights.
-        eta: how much fewer active experts are worth.
-        floor: added to ``(G - 0.5)^2``, which is 0 where a router answers 0; not in the paper.
+        eta: weight of the first term, which makes fewer experts active.
+        floor: added to ``(G - 0.5)^2``, which is 0 where a score is 0. It is not in the paper; 1e-6 is a guess.
     """
     g_TE = scores_TE.sigmoid()
     separation_TE = 1 / ((g_TE - 0.5).square() + floor)
@@ -57,7 +58,7 @@ def lte_separation(
 def contribution_fit(scores_TE: Tensor, shares_TE: Tensor, weight_T: Tensor | None = None) -> Tensor:
     """Cross-entropy of ``softmax(scores)`` against soft labels, each expert's share of the contribution norm.
 
-    See :func:`torch_prunepath.train.targets.expert_shares` for the labels.
+    :func:`torch_prunepath.train.targets.expert_shares` computes the labels.
     """
     return weighted_mean(-(shares_TE * scores_TE.log_softmax(-1)).sum(-1), weight_T)
 
@@ -83,16 +84,17 @@ def distill_logits(
 ) -> Tensor:
     """``temperature^2 * mean KL(teacher || student)`` of the softmax of logits over ``temperature``, in nats.
 
-    The factor keeps the gradient's size whatever the temperature. Computed in float32 (float64 from float64), so that
-    besides both logits only the student's gradient, in its own dtype, has size ``[T, V]``: by one Triton kernel on CUDA
-    devices, elsewhere some tokens at a time. It can be differentiated once; no gradient reaches the teacher.
+    The factor makes the gradient's size independent of the temperature. The loss is computed in float32 (float64 from
+    float64): by one Triton kernel on CUDA devices, elsewhere for some tokens at a time. So besides both logits only the
+    student's gradient, in the student's dtype, has size ``[T, V]``. The loss can be differentiated once; no gradient
+    reaches the teacher.
 
     Args:
         student_TV: logits, any floating dtype.
         teacher_TV: logits of the same shape.
         weight_T: token weights.
-        temperature: positive.
-        chunk: tokens at a time, where no kernel does it; by default as many as caches hold.
+        temperature: the temperature, positive.
+        chunk: tokens at a time where there is no kernel; None: as many as have ``CHUNK_LOGITS`` logits.
 
     Raises:
         ValueError: if shapes or devices differ.
@@ -114,7 +116,7 @@ def distill_logits(
 
 
 class _Distillation(torch.autograd.Function):
-    """Loss and gradient in one pass over the chunks: nothing wide is kept for the backward pass."""
+    """Computes loss and gradient in one pass over the chunks, so that no float32 logits are kept for backward."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -144,7 +146,11 @@ def by_chunks(
     gradient: bool,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``csrc_triton.divergence`` computes, by torch's operators and in ``share_T``'s dtype."""
+    """Compute the same as ``csrc_triton.divergence``, with torch's operators and in the dtype of ``share_T``.
+
+    Returns:
+        The loss, 0-d, and its gradient for ``student_TV`` in the student's dtype, or None without ``gradient``.
+    """
     chunk = max(1, CHUNK_LOGITS // max(1, student_TV.shape[-1])) if chunk is None else chunk
     loss = torch.zeros((), dtype=share_T.dtype, device=student_TV.device)
     grad_TV = torch.empty_like(student_TV) if gradient else None

@@ -1,4 +1,4 @@
-"""What a step is run at, its loss terms by name, and what is learnt from it; for any training loop."""
+"""``Objective``, for any training loop: the tau of each step, its loss terms, and what the controller learns."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from torch_prunepath.train.terms import Targets, batch_terms, check_model
 
 
 class Objective:
-    """The part of a training run that is this library's, for a loop of one's own.
+    """The parts of a training run that this library adds, for your own training loop.
 
     Args:
-        model: what the loop calls: a sparse model, or one that is wrapped in ``DistributedDataParallel``, sharded with
-            FSDP2, or prepared by accelerate.
-        config: phases, weights of the losses and what belongs to them, and the seed. What the loop does itself
-            (learning rates, accumulation, clipping) is not read.
+        model: the model that the loop calls: a sparse model, which may be wrapped in ``DistributedDataParallel``,
+            sharded with FSDP2, or prepared by accelerate.
+        config: the settings. Those of the loop itself (learning rates, accumulation, clipping) are not read.
         steps: optimiser steps of the whole run; phases are shares of them.
-        teacher: the dense model, for ``config.distill_logits``; in evaluation mode.
-        progress: a run to go on with; None starts one. Save its ``state_dict()`` in checkpoints.
-        across_processes: weigh all processes' tokens alike, rather than all processes.
+        teacher: the dense model in evaluation mode, for ``config.distill_logits``.
+        progress: a run to go on with; None starts a new one. Save its ``state_dict()`` in checkpoints.
+        across_processes: give every token the same weight, whichever process has it; without it every process has the
+            same weight.
 
     Raises:
         ValueError: if model, config and teacher do not fit together.
@@ -79,7 +79,7 @@ class Objective:
         self._number = 0
 
     def begin(self, group: Sequence[Any]) -> list[Inputs]:
-        """Choose the next step's tau, or that of each of its batches (see :class:`Phase`); :meth:`loss` writes it.
+        """Choose tau for the next step, or for each of its batches (see :class:`Phase`). :meth:`loss` sets it.
 
         Args:
             group: the batches whose gradients the step adds up.
@@ -88,7 +88,7 @@ class Objective:
             The same batches with labels, for :meth:`loss` one after the other.
 
         Raises:
-            ValueError: if a batch is no mapping or lacks labels.
+            ValueError: if a batch is not a mapping or lacks labels.
         """
         self._aim(len(group))
         config = self.config
@@ -100,7 +100,7 @@ class Objective:
         return batches
 
     def _aim(self, number: int) -> None:
-        """The target and the tau of each batch; the same for all where processes must agree on them."""
+        """Choose the target and the tau of each batch; all batches get the same where several processes must agree."""
         progress, config = self.progress, self.config
         place = (config.phases, progress.step, self.steps, config.seed)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
@@ -111,16 +111,17 @@ class Objective:
         self._by_batch = []
 
     def loss(self, batch: Inputs, model: nn.Module | None = None) -> Tensor:
-        """Run the model on a batch of the step; the weighted sum of its loss terms, 0-d float32, for ``backward()``.
+        """Run the model on a batch of the step, and return the weighted sum of its loss terms, 0-d float32.
 
-        Each batch's is its part of the step's: add the gradients up, without dividing them by the number of batches.
+        Call ``backward()`` on it. The losses of a step's batches are parts of the step's loss: add up the gradients,
+        and do not divide them by the number of batches.
 
         Args:
-            batch: the next one of what :meth:`begin` returned.
-            model: called in place of the model that the objective was made with, which it wraps.
+            batch: the next of the batches that :meth:`begin` returned.
+            model: a wrapper of the objective's model that is called instead of it; None calls the model itself.
 
         Raises:
-            ValueError: if the model did not run its sparse layers, gave no loss, or lost their gradients.
+            ValueError: if the model did not run its sparse layers, returned no loss, or the scores have no gradient.
         """
         batch = on_device(batch, self.device)
         by_label, by_token = self._shares[self._number]
@@ -139,13 +140,13 @@ class Objective:
         return loss
 
     def end(self, lr: float | None = None) -> list[Record]:
-        """Note what the step's batches gave. Does not wait for the device to do the step.
+        """End the step: keep the means over its batches, without waiting for the device to compute them.
 
         Args:
             lr: the step's learning rate, for the record.
 
         Returns:
-            The record of the step before, if there is one: see :func:`torch_prunepath.train.train`.
+            The record of the step before, if there is one; see :func:`torch_prunepath.train.train`.
 
         Raises:
             FloatingPointError: if that step's loss is not finite.
@@ -169,7 +170,7 @@ class Objective:
         return self._number == len(self._shares)
 
     def _parts(self, counts: list[Tensor]) -> list[Tensor]:
-        """Each batch's share of the step; over all processes they sum to the number of processes."""
+        """Each batch's share of the step, 0-d float32. Over all processes the shares sum to the number of processes."""
         counts_B = torch.stack(counts)
         total, scale = counts_B.sum(), 1
         if self._across and dist.is_available() and dist.is_initialized():
@@ -193,12 +194,12 @@ class Objective:
         return batch_terms(config, self.tape, output, batch, teacher_logits)
 
     def _without_loss(self, batch: Inputs) -> Inputs:
-        """The batch so that a causal language model computes no loss; others may need labels to run."""
+        """Remove the labels from a causal language model's batch; other models may need them to run."""
         return {k: v for k, v in batch.items() if k != "labels" or not self.causal}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel`` and ``torch.compile``."""
+    """Return the model inside the wrappers of ``DistributedDataParallel`` and ``torch.compile``."""
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
     return getattr(model, "_orig_mod", model)
@@ -206,10 +207,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def others_frozen(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """No gradients for parameters that ``config.train`` does not name; afterwards as it was.
+    """Freeze the parameters that ``config.train`` does not name while the context is open.
 
     Raises:
-        ValueError: if there is nothing to train.
+        ValueError: if no parameter is left to train.
     """
     chosen = trained(model, config)
     # By name: sharding puts other parameters in their place.
@@ -225,13 +226,13 @@ def others_frozen(model: nn.Module, config: TrainConfig) -> Iterator[None]:
 
 @torch.no_grad()
 def write_tau(layers: Iterable[RoutedExperts], tau: float) -> None:
-    """As :func:`torch_prunepath.set_tau` does with one number, without telling the model's config."""
+    """Set one tau on all layers as :func:`torch_prunepath.set_tau` does, but leave the model's config alone."""
     for layer in layers:
         layer.tau.fill_(layer_tau(tau, layer.budget))
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean over all processes, so that each chooses the same tau."""
+    """Average values over all processes, so that each chooses the same tau."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
     dist.all_reduce(values)

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate each for trunk, routers and normalisation layers, and its schedule as a pure function."""
+"""AdamW with separate learning rates for trunk, routers and normalisation layers, and the schedule of these rates."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch_prunepath.train.config import TrainConfig
 
 
 def trained(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """The parameters that a run changes, by name.
+    """Return the parameters that a run changes, by name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no parameter that ``config.train`` names requires a gradient.
     """
     routers = {id(p) for layer in sparse_layers(model).values() for p in layer.router.parameters()}
     chosen = {
@@ -29,7 +29,10 @@ def trained(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over :func:`trained`, in groups with their peak learning rate as ``peak``; fused on CUDA."""
+    """Build AdamW over the :func:`trained` parameters, in groups that hold their peak learning rate as ``peak``.
+
+    It is the fused implementation if all of them are on CUDA.
+    """
     routers = {id(p) for layer in sparse_layers(model).values() for p in layer.router.parameters()}
     norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -53,7 +56,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def lr_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """What the peak learning rate is multiplied with at ``step`` (from 0) of ``steps``."""
+    """Return the factor, in [0, 1], of the peak learning rate at ``step`` (counted from 0) of ``steps``."""
     warmup = config.warmup * steps
     if step + 1 < warmup:
         return (step + 1) / warmup

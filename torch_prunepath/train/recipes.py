@@ -1,7 +1,7 @@
 """Named training configurations. Each returns a :class:`TrainConfig`; change fields with ``dataclasses.replace``.
 
-What is decided when the model is made sparse (experts, router initialisation, gate) belongs to
-:class:`torch_prunepath.SparsifyConfig`; ``EXPERTS`` has what each recipe goes with.
+Choices that are made when the model is made sparse (experts, router initialisation, gate) belong to
+:class:`torch_prunepath.SparsifyConfig`; ``EXPERTS`` has the one that goes with each recipe.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch_prunepath.train.schedule import all_experts, draw, fixed_tau, hold, r
 
 
 def paper(epochs: float = 1.0, tau: float = 0.95) -> TrainConfig:
-    """PrunePath (arXiv 2605.28283) as its released code trains: task loss, entropy and load balance; tau is not held.
+    """PrunePath (arXiv 2605.28283) as its released code trains, with task loss, entropy and load balance.
 
-    Two stages of ``epochs`` each: every expert active, then ``tau`` (released: 0.95 or 0.5). Warm-up and decay of the
-    learning rate are this library's defaults.
+    It has two stages of ``epochs`` each: with every expert active, then at ``tau`` (released: 0.95 or 0.5), whatever
+    sparsity comes of it. Warm-up and decay of the learning rate are this library's defaults.
     """
     return TrainConfig(
         epochs=2 * epochs,
@@ -33,13 +33,13 @@ def paper(epochs: float = 1.0, tau: float = 0.95) -> TrainConfig:
 
 
 def ours(steps: int, low: float = 0.5, high: float = 0.95, distil: float = 0.0, log: bool = False) -> TrainConfig:
-    """One checkpoint for every sparsity from ``low`` to ``high``: the target is drawn for each step and held.
+    """Training of one checkpoint for every sparsity from ``low`` to ``high``: a target is drawn for each step.
 
-    The first twentieth of the steps goes from every expert to the middle of the range: slower ramps cost quality.
-    Routers follow what their experts contribute (``contribution_fit``), as the weights change. With ``distil=1``, which
-    needs a teacher, the dense model's logits are a target besides the task: worth 2 to 6% of perplexity. ``log`` draws
-    more of the high targets, see :class:`Phase`. Goes with ``EXPERTS["ours"]``; measured in
-    ``benchmarks/results/adaptation-h200.md``.
+    In the first twentieth of the steps the target goes from 0 (every expert active) to the middle of the range: slower
+    ramps cost quality. As the weights change, the routers are fitted to what their experts contribute
+    (``contribution_fit``). With ``distil=1``, which needs a teacher, the dense model's logits are a second target,
+    which is worth 2 to 6% of perplexity. ``log`` draws more of the high targets, see :class:`Phase`. The recipe goes
+    with ``EXPERTS["ours"]`` and is measured in ``benchmarks/results/adaptation-h200.md``.
     """
     return TrainConfig(
         steps=steps,
@@ -52,10 +52,11 @@ def ours(steps: int, low: float = 0.5, high: float = 0.95, distil: float = 0.0, 
 
 
 def held(steps: int, sparsity: float, distil: float = 0.0) -> TrainConfig:
-    """As :func:`ours`, for one sparsity: a ramp over the first twentieth of the steps, then held.
+    """Training as in :func:`ours`, but for one sparsity: a ramp over the first twentieth of the steps, then held.
 
-    Half the learning rate is 6% worse at 80% on text like the training text, and forgets less of other text. Both are
-    measured on a model of 135 million parameters; larger ones usually want lower learning rates.
+    At half the learning rate and 80% sparsity, perplexity is 6% worse on text like the training text, and the model
+    forgets less of other text. Both were measured on a model of 135 million parameters; larger models usually need
+    lower learning rates.
     """
     return TrainConfig(
         steps=steps,
@@ -72,15 +73,19 @@ def lte_stages(
 ) -> tuple[TrainConfig, TrainConfig]:
     """The two stages of LTE (arXiv 2402.06126), for a model that :func:`torch_prunepath.baselines.lte` made.
 
-    First every expert, weighed by its sigmoid, with the separation loss; then, routers frozen, those above 0.5 (tau 0.5
-    there). A larger ``eta`` gives a sparser model. Call ``start_second_stage()`` in between.
+    In the first, every expert is active and weighed by its sigmoid, and the separation loss is on. In the second, the
+    routers are frozen and the experts above 0.5 are active (tau 0.5 there). A larger ``eta`` gives a sparser model.
+    Call ``start_second_stage()`` in between.
 
     Args:
-        steps: of both stages together.
+        steps: steps of both stages together.
         eta: weight of the efficiency loss within :func:`torch_prunepath.train.losses.lte_separation`.
         first: share of the steps that the first stage takes.
-        lr: of the model's weights; the paper's is 5e-5 for GPT-2 Medium.
-        router_lr: of the routers, in the first stage.
+        lr: learning rate of the model's weights; the paper's is 5e-5 for GPT-2 Medium.
+        router_lr: learning rate of the routers, in the first stage.
+
+    Raises:
+        ValueError: if one of the stages would have no step.
     """
     if steps < 2 or not 0.0 < first < 1.0:
         raise ValueError(f"steps={steps}, first={first}: both stages need a step, so steps >= 2 and 0 < first < 1")
@@ -93,7 +98,9 @@ def lte_stages(
 
 
 ALWAYS_ACTIVE = 0.05
-"""Share of the experts that ``ours`` and ``held`` always keep active: half of those that 90% sparsity leaves."""
+"""Share of the experts that ``ours`` and ``held`` always keep active, half of those that 90% sparsity leaves. For one
+checkpoint it is better than none at every sparsity, and 8% is worse (docs/log.md, "one checkpoint for every sparsity,
+GLUE and E2E")."""
 
 EXPERTS: Mapping[str, SparsifyConfig] = MappingProxyType(
     {
@@ -104,7 +111,7 @@ EXPERTS: Mapping[str, SparsifyConfig] = MappingProxyType(
         ),
     }
 )
-"""How a dense model is made sparse for each recipe."""
+"""Settings with which a dense model is made sparse for each recipe, by the recipe's name."""
 
 RECIPES: Mapping[str, Callable[..., TrainConfig]] = MappingProxyType({"paper": paper, "ours": ours, "held": held})
 """The recipes of ``prunepath train`` by name."""

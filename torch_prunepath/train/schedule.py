@@ -1,4 +1,4 @@
-"""How sparse each step of a training run is: a tuple of phases, a pure function of seed and step."""
+"""The sparsity of each step of a training run: phases, and a pure function from phases, seed and step to an aim."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ class Phase:
 
     Attributes:
         kind: ``"sparsity"``: the controller holds realised sparsity at a target, which goes in a straight line from
-            ``first`` to ``last``; ``"random"``: at a target drawn anew for each step, uniform between them, so that one
-            checkpoint serves all of them (in one process for each batch: those that a step adds up share the range out
-            among them); ``"random-log"``: likewise, but uniform in the logarithm of the share of neurons that are
-            active, so that each halving of it gets as many steps; ``"tau"``: tau itself goes from ``first`` to
-            ``last``, uncontrolled.
-        first: sparsity in [0, 1), or tau in (0, 1].
-        last: likewise.
+            ``first`` to ``last``; ``"random"``: the target is drawn anew for each step, uniform between ``first`` and
+            ``last``, so that one checkpoint serves all of them (in a single process it is drawn for each batch: the
+            batches that a step adds up divide the range among them); ``"random-log"``: the target is drawn as for
+            ``"random"``, but uniform in the logarithm of the share of neurons that are active, so that each halving of
+            that share gets as many steps; ``"tau"``: tau itself goes from ``first`` to ``last``, and sparsity is not
+            controlled.
+        first: sparsity in [0, 1), or tau in (0, 1], at the start.
+        last: sparsity or tau at the end, in the same range.
         share: how long the phase lasts, relative to the sum over all phases.
     """
 
@@ -42,9 +43,12 @@ class Phase:
             else:
                 check_sparsity(value, "target sparsity")
         if self.drawn and self.first > self.last:
-            raise ValueError(f"draw from {self.last} to {self.first}, not from {self.first} to {self.last}")
+            raise ValueError(
+                f"a target cannot be drawn from {self.first} to {self.last}: give the lower sparsity first, "
+                f"draw from {self.last} to {self.first}"
+            )
         if not self.share > 0.0:
-            raise ValueError(f"share={self.share} must be positive: leave the phase out instead")
+            raise ValueError(f"share={self.share} must be positive: leave the phase out if it has no steps")
 
     @property
     def drawn(self) -> bool:
@@ -53,42 +57,43 @@ class Phase:
 
 
 def hold(sparsity: float, share: float = 1.0) -> Phase:
-    """Hold realised sparsity at one target."""
+    """Return a phase that holds realised sparsity at one target."""
     return Phase("sparsity", sparsity, sparsity, share)
 
 
 def ramp(first: float, last: float, share: float = 1.0) -> Phase:
-    """Move the target of realised sparsity in a straight line."""
+    """Return a phase in which the target of realised sparsity moves in a straight line."""
     return Phase("sparsity", first, last, share)
 
 
 def draw(low: float, high: float, share: float = 1.0, log: bool = False) -> Phase:
-    """Draw a target of realised sparsity for each step, with ``log`` more of the high ones; see :class:`Phase`."""
+    """Return a phase that draws a target sparsity for each step, with ``log`` more of the high ones."""
     return Phase("random-log" if log else "random", low, high, share)
 
 
 def fixed_tau(tau: float, share: float = 1.0) -> Phase:
-    """Leave tau where it is, whatever sparsity comes of it."""
+    """Return a phase with one tau, whatever sparsity comes of it."""
     return Phase("tau", tau, tau, share)
 
 
 def all_experts(share: float = 1.0) -> Phase:
-    """Every expert active."""
+    """Return a phase in which every expert is active."""
     return fixed_tau(1.0, share)
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What one step is run at: a tau as it is, or a sparsity for the controller to reach."""
+    """The goal of one step: either a tau, or a sparsity that the controller is to reach."""
 
     tau: float | None = None
     sparsity: float | None = None
 
 
 def aim_at(phases: Sequence[Phase], step: int, steps: int, seed: int, batch: int = 0, batches: int = 1) -> Aim:
-    """The aim of step ``step`` (from 0) of ``steps``, for batch ``batch`` (from 0) of the ``batches`` that it adds up.
+    """Return the aim of step ``step`` of ``steps``, for batch ``batch`` of the ``batches`` that it adds up.
 
-    Targets that are drawn are drawn for each batch, each from its own part of the range, lowest first.
+    ``step`` and ``batch`` count from 0. A target that is drawn is drawn for each batch, from the batch's own part of
+    the range; the first batch has the lowest part.
     """
     total = sum(phase.share for phase in phases)
     begin = 0.0
@@ -110,5 +115,5 @@ def aim_at(phases: Sequence[Phase], step: int, steps: int, seed: int, batch: int
 
 
 def seed_of(text: str) -> int:
-    """A seed of 63 bits from a text, the same in every process."""
+    """Derive a seed of 63 bits from a text, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

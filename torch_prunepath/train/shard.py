@@ -9,9 +9,9 @@ from torch_prunepath.train.config import TrainConfig
 
 
 def contiguous(model: nn.Module) -> nn.Module:
-    """Store every weight of a sparse model row by row, in place, as ``fully_shard`` demands; values stay.
+    """Store every weight of a sparse model row by row, in place, as ``fully_shard`` demands. Values do not change.
 
-    Sparse models keep ``down`` column by column for decoding. Saving and loading brings that layout back.
+    Sparse models keep ``down`` column by column for decoding. Saving and loading restores that layout.
 
     Returns:
         The same model.
@@ -34,23 +34,24 @@ def contiguous(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` has a part in the module's own parameters or those below."""
+    """Whether ``fully_shard`` has sharded any parameter of the module or of its submodules."""
     return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
 
 
 def check_sharded(model: nn.Module, config: TrainConfig) -> None:
-    """Refuse what FSDP2 would compute wrongly without saying so.
+    """Refuse losses for which FSDP2 would compute no gradient, without an error.
 
-    It hands gradients out when the backward pass comes through the outputs of what it shards.
+    FSDP2 distributes gradients when the backward pass comes through the outputs of the modules that it shards.
 
     Raises:
-        ValueError: with a remedy.
+        ValueError: if the model is sharded and no loss has a gradient through the model's output.
     """
     if not is_sharded(model):
         return
     gates = {layer.experts.gate for layer in sparse_layers(model).values()}
     if not config.losses.keys() & {"task", "distill_logits"} or (config.train == "routers" and gates == {"one"}):
         raise ValueError(
-            "the model is sharded (FSDP2), and no loss has a gradient through the model's output, without which FSDP2 "
-            "gives routers none: use DistributedDataParallel, or give task or distill_logits a weight with train='all'"
+            "the model is sharded (FSDP2), and no loss has a gradient through the model's output; without one, FSDP2 "
+            "gives routers no gradient: use DistributedDataParallel, or give task or distill_logits a weight with "
+            "train='all'"
         )

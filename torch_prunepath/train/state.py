@@ -1,4 +1,4 @@
-"""Where a training run is: what has to be saved, besides the model, to go on as if it had never stopped."""
+"""The state of a training run: all that has to be saved, besides the model, to go on as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Record = dict[str, float]
 
 
 class Pending:
-    """A step whose numbers are on their way from the device.
+    """A step whose numbers are still on their way from the device.
 
     Args:
-        step: its number.
-        taus: of its batches.
-        targets: of its batches, None where tau was given.
-        lr: for the record.
-        names: of the first values.
-        values: means over the step, float32; where taus differ, then for each batch its part of the step's sparsity,
-            and its part of the step.
+        step: the step's number.
+        taus: tau of each batch.
+        targets: target sparsity of each batch, None where tau was given.
+        lr: learning rate, for the record.
+        names: names of the first values.
+        values: means over the step by ``names``, float32. If taus differ, two more for each batch: its part of the
+            step's sparsity, and its share of the step.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Pending:
         return self._values.tolist()  # type: ignore[no-any-return]
 
     def record(self) -> Record:
-        """The step's record, tau and target as means over its batches; waits until the device has done the step.
+        """Return the step's record, with tau and target as means over its batches, after the device has done the step.
 
         Raises:
             FloatingPointError: if the loss is not finite.
@@ -58,7 +58,7 @@ class Pending:
         values = dict(zip(self.names, self._read(), strict=False))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
-                f"the loss is {values['loss']} at step {self.step}: lower the learning rates or give a longer warmup"
+                f"the loss is {values['loss']} at step {self.step}: lower the learning rates, or use a longer warmup"
             )
         targets = [target for target in self.targets if target is not None]
         aim = {"target": _mean(targets)} if targets else {}
@@ -66,7 +66,7 @@ class Pending:
         return {"step": self.step, **values, **aim, "tau": _mean(self.taus), **rate}
 
     def observations(self) -> list[tuple[float, float]]:
-        """Each tau that the step ran at, and the sparsity that it gave."""
+        """Return each tau that the step ran at, with the sparsity that it gave."""
         values = self._read()
         apart = values[len(self.names) :]
         if not apart:
@@ -75,13 +75,13 @@ class Pending:
         return [(tau, sparsity / share) for tau, sparsity, share in parts if share > 0.0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, from which :meth:`of` makes it again."""
+        """Return plain values, from which :meth:`of` makes the step again."""
         named = {"step": self.step, "taus": list(self.taus), "targets": list(self.targets), "lr": self.lr}
         return {**named, "names": list(self.names), "values": self._read()}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Pending:
-        """The inverse of :meth:`state_dict`."""
+        """Make a step from the result of :meth:`state_dict`."""
         return cls(**{**state, "values": torch.tensor(state["values"], dtype=torch.float32)})
 
 
@@ -94,7 +94,7 @@ class Progress:
     """Controller and position of a run: all that has to be saved besides model, optimiser and random numbers.
 
     Args:
-        config: the run's.
+        config: the config of the run.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -104,7 +104,7 @@ class Progress:
         self.pending: list[Pending] = []
 
     def finished(self, keep: int) -> list[Record]:
-        """Records of all but the latest ``keep`` steps; the controller learns from them."""
+        """Return the records of all but the latest ``keep`` steps, and let the controller learn from them."""
         records = []
         while len(self.pending) > keep:
             pending = self.pending.pop(0)
@@ -114,7 +114,7 @@ class Progress:
         return records
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; waits for the device."""
+        """Return JSON-ready values, after waiting for the device."""
         return {
             "config": self.config.to_dict(),
             "controller": self.controller.state_dict(),
@@ -123,7 +123,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Take over the result of another :meth:`state_dict`.
 
         Raises:
             ValueError: if it was saved with another config.
@@ -132,7 +132,7 @@ class Progress:
         for name, value in TrainConfig.from_dict(state["config"]).to_dict().items():
             if mine[name] != value:
                 raise ValueError(
-                    f"the saved state is of another run, with {name}={value!r}, not {mine[name]!r}: "
+                    f"the saved state belongs to another run, with {name}={value!r}, not {mine[name]!r}: "
                     "resume with TrainConfig.from_dict(state['config'])"
                 )
         self.controller.load_state_dict(state["controller"])
@@ -147,8 +147,8 @@ class TrainState(Progress):
     bit what an uninterrupted run gives, provided the batches come in the same order.
 
     Args:
-        model: the sparse model to be trained, on its device, and sharded already if it shall be.
-        config: the run's.
+        model: the sparse model to be trained. Move it to its device, and shard it if wanted, beforehand.
+        config: the config of the run.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -157,28 +157,28 @@ class TrainState(Progress):
         self.rng: dict[str, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; ``torch.save`` takes it, and ``torch.load`` with ``weights_only`` gives it back."""
+        """Return tensors and plain values that ``torch.save`` and ``torch.load`` with ``weights_only`` can handle."""
         return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "rng": self.rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Take over the result of another :meth:`state_dict`.
 
         Raises:
-            ValueError: if it was saved with another config, or of another model.
+            ValueError: if it was saved with another config or for another model.
         """
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng = state["rng"]
 
     def remember_random(self, device: torch.device) -> None:
-        """Note where the random numbers are."""
+        """Remember the state of the random number generators."""
         self.rng = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             self.rng["cuda"] = torch.cuda.get_rng_state(device)
 
     @contextlib.contextmanager
     def own_random(self, device: torch.device) -> Iterator[None]:
-        """Run with the random numbers of this run; the caller's come back afterwards."""
+        """Use the random number generators' state of this run while the context is open; then restore the caller's."""
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if self.rng is None:
                 torch.manual_seed(self.config.seed)

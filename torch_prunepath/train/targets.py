@@ -1,4 +1,4 @@
-"""What a sparse layer is trained towards, computed densely from its own experts, without gradient.
+"""The targets that a sparse layer is trained towards, computed densely from its own experts and without gradient.
 
 Shapes: N tokens, D hidden size, E experts.
 """
@@ -20,9 +20,9 @@ from torch_prunepath.train.tape import RoutedCall
 
 @torch.no_grad()
 def expert_shares(view: FFNView, x_ND: Tensor, expert_size: int, shared: int = 0) -> Tensor:
-    """Each routed expert's share of their contribution norm, float32 ``[N, E - shared]``; rows sum to 1 (or are 0).
+    """Share of each routed expert in the contribution norm of them all: float32 ``[N, E - shared]``.
 
-    Under autocast the hidden activations are computed in its dtype, the norms in float32.
+    Rows sum to 1, or are 0. Under autocast the hidden activations are computed in its dtype, the norms in float32.
     """
     h_NF = view.hidden(x_ND)
     with torch.autocast(x_ND.device.type, enabled=False):
@@ -31,7 +31,7 @@ def expert_shares(view: FFNView, x_ND: Tensor, expert_size: int, shared: int = 0
 
 @torch.no_grad()
 def dense_output(view: FFNView, x_ND: Tensor | None) -> Tensor:
-    """What the FFN answers with every expert active and all gates 1, dropouts left out: ``[N, D] -> [N, D]``."""
+    """Output of the FFN with every expert active, all gates 1 and no dropout: ``[N, D] -> [N, D]``."""
     assert x_ND is not None, "the call has no input"
     h_NF = view.hidden(x_ND)
     bias_D = view.down_bias_D
@@ -39,12 +39,15 @@ def dense_output(view: FFNView, x_ND: Tensor | None) -> Tensor:
 
 
 def sample_start(seed: str) -> Tensor:
-    """Where :func:`sample_tokens` begins, 0-d int64, the same for the same seed."""
+    """Draw the place where :func:`sample_tokens` begins: 0-d int64, the same for the same seed."""
     return torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed_of(seed)))
 
 
 def sample_tokens(scores_TE: Tensor, tokens: int, start: Tensor) -> Tensor | None:
-    """Places of ``tokens`` of a call's tokens, evenly spaced from ``start`` on, around the end; None for all."""
+    """Choose ``tokens`` of a call's tokens: their places, int64 ``[tokens]``, or None if that is all of them.
+
+    They are evenly spaced from ``start`` on and continue at the beginning after the last token.
+    """
     total = scores_TE.shape[0]
     if tokens >= total:
         return None
@@ -53,11 +56,11 @@ def sample_tokens(scores_TE: Tensor, tokens: int, start: Tensor) -> Tensor | Non
 
 
 def beside_the_layer(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """What is computed inside a layer's forward without being a part of it.
+    """Open a context for computations inside a layer's forward that are not a part of the layer.
 
-    Gradient checkpointing would miss tensors saved here when it runs the layer again without this: they bypass it.
-    And a weight that autocast casts here, without gradient, must not be what the layer itself finds in the cache.
-    torch.compile needs neither: it has no such cache, and what it saves is a matter between it and its backward pass.
+    It does two things. Gradient checkpointing runs the layer again without these computations and would then miss the
+    tensors that they saved, so these bypass it. And a weight that autocast casts here has no gradient, so the layer
+    must not find it in autocast's cache. torch.compile needs neither.
     """
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _beside(device)
 
@@ -79,15 +82,16 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def fit_sample(call: RoutedCall, some_N: Tensor | None, detach: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores, contribution shares and weights of some of a call's tokens.
+    """Return scores, contribution shares and weights of some of a call's tokens.
 
     Args:
-        call: with its input.
+        call: a call that holds its input.
         some_N: which tokens, int64; None for all. Padding among them has weight 0.
-        detach: let the scores' gradient reach the router only, not what computed its input.
+        detach: let the scores' gradient reach the router only, not the layers before it.
 
     Returns:
-        ``[N, E]`` with graph, ``[N, E]`` without, both of the routed experts alone, and ``[N]`` or None.
+        Scores ``[N, E]`` with their graph and shares ``[N, E]`` without, both of the routed experts alone; and weights
+        ``[N]``, or None if all count alike.
     """
     assert call.x_TD is not None, "the call has no input"
     x_ND, scores_NE, weight_N = call.x_TD, call.scores_TE, call.weight_T

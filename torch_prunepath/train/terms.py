@@ -1,4 +1,4 @@
-"""Every loss term of one batch, by name."""
+"""The loss terms of one batch, by name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from torch_prunepath.train.targets import beside_the_layer, dense_output, fit_sa
 
 
 def check_model(model: nn.Module, tape: RoutingTape, config: TrainConfig, teacher: nn.Module | None) -> None:
-    """Refuse what could not train.
+    """Refuse a model, config and teacher that do not fit together.
 
     Raises:
-        ValueError: with a remedy.
+        ValueError: if ``distill_logits`` and the teacher are not given together, if no loss trains the routers although
+            nothing else is trained, or as :func:`torch_prunepath.train.shard.check_sharded`.
     """
     if config.distill_logits and teacher is None:
         raise ValueError("distill_logits needs the dense model: pass teacher=, or set it to 0")
@@ -38,7 +39,7 @@ def check_model(model: nn.Module, tape: RoutingTape, config: TrainConfig, teache
 
 @dataclass
 class Inside:
-    """What is computed while a layer runs, when its weights are whole (FSDP2 shards them again afterwards).
+    """Results computed while a layer runs, when its weights are whole (FSDP2 shards them again afterwards).
 
     Attributes:
         terms: the losses of this call by name, 0-d float32.
@@ -50,12 +51,12 @@ class Inside:
 
 
 class Targets:
-    """What the tape of a forward pass computes inside each layer, for :func:`batch_terms`; traced by torch.compile.
+    """Computes what :func:`batch_terms` needs inside each layer, while the tape records; torch.compile can trace it.
 
     Args:
-        config: says which terms are on.
-        seed: of sampled tokens.
-        device: of the model's input.
+        config: the weights of the terms.
+        seed: seed of sampled tokens.
+        device: device of the model's input.
     """
 
     def __init__(self, config: TrainConfig, seed: str, device: torch.device) -> None:
@@ -63,7 +64,7 @@ class Targets:
         self.start = on_device({"start": sample_start(seed)}, device)["start"]
 
     def __call__(self, call: RoutedCall) -> Inside:
-        """See :class:`torch_prunepath.train.RoutingTape`."""
+        """Compute the terms of one call; :class:`torch_prunepath.train.RoutingTape` calls this as its ``inside``."""
         config, device = self.config, call.scores_TE.device
         with beside_the_layer(device):
             dense_TD = dense_output(call.view, call.x_TD) if config.distill_ffn else None
@@ -91,14 +92,17 @@ class Targets:
 def batch_terms(
     config: TrainConfig, tape: RoutingTape, output: Any, batch: Inputs, teacher_logits: Tensor | None
 ) -> dict[str, Tensor]:
-    """The terms whose weight is not 0, 0-d float32 each, unweighted.
+    """Return the terms whose weight is not 0, unweighted, each 0-d float32.
 
     Args:
-        config: says which.
-        tape: of the forward pass that gave ``output``, with :class:`Targets` inside.
+        config: the weights of the terms.
+        tape: the tape of the forward pass that gave ``output``, with :class:`Targets` as its ``inside``.
         output: the model's output, with ``loss`` and ``logits`` as far as they are needed.
         batch: the model's inputs.
-        teacher_logits: the teacher's on the same batch; needed for ``distill_logits``.
+        teacher_logits: the teacher's logits on the same batch; needed for ``distill_logits``.
+
+    Raises:
+        ValueError: if the model returned no loss, or student and teacher differ in the shape of their logits.
     """
     terms: dict[str, Tensor] = {}
     for name in config.losses:
@@ -123,7 +127,7 @@ def _of_call(name: str, call: RoutedCall) -> Tensor:
 def _task(output: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     if loss is None:
-        raise ValueError("the model returned no loss: give it labels that it knows, or set task=0")
+        raise ValueError("the model returned no loss: name the labels as its forward() does, or set task=0")
     return loss  # type: ignore[no-any-return]
 
 

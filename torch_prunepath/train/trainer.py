@@ -27,45 +27,46 @@ __all__ = ["PrunePathTrainer", "trainer_arguments"]
 
 
 class PrunePathMemory(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Puts the controller of a run into ``trainer_state.json`` of each checkpoint."""
+    """A callback that saves the progress of a run in ``trainer_state.json`` of each checkpoint."""
 
     progress: Progress | None = None
     saved: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What :class:`PrunePathTrainer` goes on with."""
+        """Return the state from which :class:`PrunePathTrainer` goes on, as Trainer saves it."""
         return {"args": {}, "attributes": {"saved": None if self.progress is None else self.progress.state_dict()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run begins: whatever an earlier one has learnt belongs to it."""
+        """Forget the progress of an earlier run when a new one begins."""
         self.progress = None
 
 
 class PrunePathTrainer(Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` with the objective, phases and controller of :func:`torch_prunepath.train.train`.
 
-    What ``TrainingArguments`` and ``TrainConfig`` can both say (steps, epochs, learning rate and its schedule, weight
-    decay, accumulation, clipping, bf16, seed), ``TrainingArguments`` decide. A field of the config that is not at its
-    default must say the same; :func:`trainer_arguments` makes them agree. The config alone decides on phases, losses,
-    ``train``, and the learning rates of routers and normalisation layers.
+    ``TrainingArguments`` decide the settings that ``TrainConfig`` has as well: steps, epochs, learning rate and its
+    schedule, weight decay, accumulation, clipping, bf16 and seed. Where such a field of the config is not at its
+    default, it must have the same value; :func:`trainer_arguments` makes them agree. The config alone decides phases,
+    losses, ``train``, and the learning rates of routers and normalisation layers.
 
-    Logs hold, besides Trainer's, the mean over the steps since the last log of every loss term, realised ``sparsity``,
-    its ``target`` and ``tau``. Evaluation and checkpoints are at the sparsity that the run ends at, the middle of the
-    range if targets are drawn; ``eval_sparsity`` is what was realised there. Padding does not count, and the batches of
-    one step count by their labels and tokens, over all processes if ``average_tokens_across_devices``. Resuming from a
-    checkpoint gives what an uninterrupted run gives. A loss that is not finite ends the run with FloatingPointError.
+    Besides Trainer's own values, logs hold every loss term, realised ``sparsity``, its ``target`` and ``tau``, as means
+    over the steps since the last log. Evaluation and checkpoints use the sparsity at which the run ends, or the middle
+    of the range if targets are drawn; ``eval_sparsity`` is the sparsity realised there. Padding does not count. The
+    batches of one step are weighed by their labels and tokens, over all processes if
+    ``average_tokens_across_devices``. A resumed run gives the same as an uninterrupted one. A loss that is not finite
+    ends the run with FloatingPointError.
 
     Args:
         model: a sparse model.
-        args: see above.
-        config: see above.
+        args: Trainer's settings.
+        config: this library's settings.
         teacher: the dense model, for ``config.distill_logits``.
         compile: train the model's blocks (and the teacher's) compiled, in the mode or with the backend of this name;
             see :func:`torch_prunepath.train.compiled_blocks`.
-        **kwargs: of ``Trainer``; no ``model_init`` and no ``compute_loss_func``.
+        **kwargs: further arguments of ``Trainer``, except ``model_init`` and ``compute_loss_func``.
 
     Raises:
-        ValueError: if config and args contradict each other, or ask for what this trainer does not do.
+        ValueError: if config and args contradict each other, or ask for something that this trainer does not do.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; afterwards the model's tau is that of the sparsity that the run ended at."""
+        """Train as ``Trainer.train`` does. Afterwards the model has the tau of the sparsity at which the run ended."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(others_frozen(self._sparse, self.train_config))
             if self.teacher is not None:
@@ -116,10 +117,14 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
                 return output
             finally:
                 self._objective = None
-                self._write_held_tau()
+                self._write_final_tau()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser of ``args.optim``, with a group each for trunk, routers and normalisation layers."""
+        """Create the optimiser of ``args.optim``, with separate groups for trunk, routers and normalisation layers.
+
+        Raises:
+            ValueError: if that optimiser does not take parameter groups.
+        """
         self._saved()
         if self.optimizer is None:
             model = self._sparse if model is None else model
@@ -127,7 +132,7 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
             takes_groups = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
             if not takes_groups or settings.keys() & {"params", "model", "optimizer_dict"}:
                 raise ValueError(
-                    f"optim={self.args.optim} makes its own parameter groups: use 'adamw_torch' or its like"
+                    f"optim={self.args.optim} makes its own parameter groups: use 'adamw_torch' or a similar optimiser"
                 )
             groups = build_optimizer(model, self.train_config).param_groups
             kept = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups]
@@ -135,12 +140,12 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         return super().create_optimizer(model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The batches of the next step, with labels, after its tau is chosen."""
+        """Choose the tau of the next step, and return the step's batches with labels."""
         samples, items = super().get_batch_samples(*args, **kwargs)
         return (self._running().begin(samples) if samples else samples), items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one batch."""
+        """Run forward and backward of one batch."""
         assert self._objective is not None
         if self._objective.begun:
             keep_gradients(self._sparse, self._compile)
@@ -152,7 +157,7 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """In training, the whole objective; in evaluation, the model's own loss."""
+        """Return the whole objective in training, and the model's own loss in evaluation."""
         if self._objective is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Trainer divides by the number of batches.
@@ -160,7 +165,7 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         return (loss, {}) if return_outputs else loss
 
     def _running(self) -> Objective:
-        """The objective of the run in progress; the first call makes it, from the checkpoint if there is one."""
+        """Return the objective of the current run; the first call makes it, from the checkpoint if there is one."""
         memory = self._memory
         if memory.progress is None or self._objective is None:
             progress = Progress(self.train_config)
@@ -185,7 +190,7 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         return self.model
 
     def _saved(self) -> dict[str, Any] | None:
-        """The state of the objective in the checkpoint that the run goes on from, if it does."""
+        """Return the progress saved in the checkpoint from which the run goes on; None for a new run."""
         if not self.state.global_step:
             return None
         callbacks: Any = self.state.stateful_callbacks
@@ -201,7 +206,7 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
     # --- logs, evaluation, checkpoints --------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.log``, with what the objective has to say."""
+        """Log as ``Trainer.log`` does, with the means of the objective's records added."""
         if "loss" in logs and self._objective is not None:
             logs = {**logs, **self._means()}
         super().log(logs, *args, **kwargs)
@@ -227,8 +232,11 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As ``Trainer.evaluation_loop``, at the sparsity that the run ends at; adds ``sparsity`` and ``tau``."""
-        tau = self._write_held_tau()
+        """Evaluate as ``Trainer.evaluation_loop`` does, at the sparsity at which the run ends.
+
+        The metrics also hold the realised ``sparsity`` and ``tau``.
+        """
+        tau = self._write_final_tau()
         with record_sparsity(self._sparse) as record:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -239,29 +247,29 @@ class PrunePathTrainer(Trainer):  # type: ignore[misc]
         return output._replace(metrics=metrics)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.prediction_step``; a causal language model's labels are its tokens where it has none."""
+        """Predict as ``Trainer.prediction_step`` does; a causal language model without labels is given its tokens."""
         if is_causal(self._sparse) and inputs.get("labels") is None:
             inputs = with_labels(inputs, causal=True)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.save_model``: an ordinary sparse checkpoint, its tau that of the sparsity the run ends at."""
-        self._write_held_tau()
+        """Save an ordinary sparse checkpoint as ``Trainer.save_model`` does, with the tau at which the run ends."""
+        self._write_final_tau()
         super().save_model(*args, **kwargs)
 
-    def _write_held_tau(self) -> float | None:
-        """Set the tau of the run's last aim, where a run has begun."""
+    def _write_final_tau(self) -> float | None:
+        """Set and return the tau of the run's final aim; None, and nothing is set, before a run has begun."""
         progress = self._memory.progress
         if progress is None:
             return None
-        aim = _held(self.train_config.phases[-1])
+        aim = _final_aim(self.train_config.phases[-1])
         tau = progress.controller.tau_for(aim.sparsity) if aim.tau is None else aim.tau  # type: ignore[arg-type]
         set_tau(self._sparse, tau)
         return tau
 
 
-def _held(phase: Phase) -> Aim:
-    """What a run that ends with this phase is for."""
+def _final_aim(phase: Phase) -> Aim:
+    """Return the tau or sparsity at which the model of a run that ends with this phase is evaluated and saved."""
     if phase.kind == "tau":
         return Aim(tau=phase.last)
     return Aim(sparsity=(phase.first + phase.last) / 2 if phase.drawn else phase.last)
