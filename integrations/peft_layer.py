@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts
 from torch_prunepath.layer.ffn import bias_of, weight_out_in
+from torch_prunepath.layer.handoff import Handoff
 from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.tau import Float32Tau
 
@@ -139,7 +140,7 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         self.adapters = nn.ModuleDict()
         self.routing_hooks = OrderedDict()
         self._active_adapter, self._disable_adapters, self.merged_adapters = [], False, []
-        self._routing: tuple[Tensor, Tensor | None] | None = None
+        self._handoff = Handoff()
         self._handles: dict[str, Any] = {}
         self._down: nn.Module | None = None
         self.register_state_dict_post_hook(_store)
@@ -216,10 +217,10 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self._routing = vars(self)["_down"] = None
+        self._handoff.routing = vars(self)["_down"] = None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._routing = None
+        self._handoff.routing = None
         if self._disable_adapters or not self.active_adapters:
             return
         if not self.state().filled:
@@ -229,7 +230,7 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
             )
         self._follow_down()
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        self._routing = self.route(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]))
+        self._handoff.routing = self.route(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]))
 
     def _follow_down(self) -> None:
         """Watch the last projection, from outside of what may have been put around it since."""
@@ -241,9 +242,10 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
             self._handles["down"] = down.register_forward_pre_hook(self._weigh)
 
     def _weigh(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._routing is None:
+        routing = self._handoff.take()
+        if routing is None:
             return None
-        (mask_TE, weights_TE), self._routing = self._routing, None
+        mask_TE, weights_TE = routing
         h, expert_of_F = args[0], self.state().expert_of_F
         h_TF = h.reshape(-1, h.shape[-1]).masked_fill(~mask_TE.index_select(1, expert_of_F), 0.0)
         if weights_TE is not None:

@@ -408,6 +408,51 @@ def test_calibration_that_misses_an_ffn_is_refused() -> None:
         sparsify(Half(), calibration={"x": torch.randn(4, 8)}, config=SparsifyConfig(budget="uniform"), progress=False)
 
 
+class TwoModes(nn.Module):
+    """An FFN that text does not run, and one whose output nothing depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image, self.skipped = (
+            nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(3)
+        )
+
+    def forward(self, text: Tensor, image: Tensor | None = None) -> Tensor:
+        self.skipped(text)
+        return self.text(text) + (0 if image is None else self.image(image))
+
+
+def test_data_that_miss_an_ffn_are_refused_before_gradients_are_asked_for() -> None:
+    model = TwoModes()
+    del model.text, model.skipped
+    model.text = model.skipped = nn.Identity()
+    with pytest.raises(ValueError, match=r"does not reach 1 of 1 FFNs.*images too.*budget='uniform'"):
+        sparsify(model, calibration={"text": torch.randn(4, 16, 8)}, progress=False)
+    assert not is_sparse(model.image)
+
+
+def test_an_ffn_that_the_output_does_not_depend_on_costs_nothing() -> None:
+    model = TwoModes()
+    sparsify(model, calibration={"text": torch.randn(4, 16, 8), "image": torch.randn(4, 16, 8)}, progress=False)
+    budgets = {name: layer.budget for name, layer in sparse_layers(model).items()}
+    assert budgets["skipped"] == min(budgets.values()), "it gives up most"
+
+
+def test_under_inference_mode() -> None:
+    torch.manual_seed(0)
+    model, inputs = ARCHITECTURES["llama"]()
+    same = copy.deepcopy(model)
+    sparsify(model, calibration=inputs["input_ids"], progress=False)
+    with torch.inference_mode():
+        sparsify(same, calibration=inputs["input_ids"].clone(), progress=False)
+    set_tau(same, 0.9)  # its tensors are ordinary ones
+    torch.testing.assert_close(first_output(same, inputs), first_output(model, inputs))
+    with torch.inference_mode():
+        made_inside, _ = ARCHITECTURES["llama"]()
+    with pytest.raises(ValueError, match="make or load it outside"):
+        sparsify(made_inside, calibration=inputs["input_ids"], progress=False)
+
+
 def test_split_down_is_called_after_its_up() -> None:
     model, inputs = ARCHITECTURES["opt"]()
     sparsify(model, config=WEIGHTS_ONLY, progress=False)

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from torch_prunepath.config import SparsifyConfig, check_tau, num_experts
@@ -36,6 +37,7 @@ FEWEST_TOKENS = 8
 """With fewer tokens for calibration, something was forgotten."""
 
 
+@torch.inference_mode(mode=False)
 def sparsify(
     model: ModelT,
     tau: float = 0.9,
@@ -103,6 +105,11 @@ def sparsify(
 def _refuse(model: nn.Module) -> None:
     if any(is_sparse(module) for module in model.modules()):
         raise ValueError("the model is sparse already: use set_tau to change it, or densify(model) first")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model was made under torch.inference_mode, whose tensors cannot be changed or differentiated later: "
+            "make or load it outside of it (torch.no_grad is as good there)"
+        )
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("the model has parameters without data (meta device): load its weights first")
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:

@@ -124,7 +124,9 @@ def _output_gradients(
         for view in views:
             stack.enter_context(removing(view.down.register_forward_hook(watch(view, tracker))))
         loss = _loss(model(**quiet(model, batch)), generator)
-        grads = torch.autograd.grad(loss, [output for _, output, _ in seen])
+        outputs = [output for _, output, _ in seen]
+        # An output that the loss does not depend on (a layer that is skipped, a head that is not used) has gradient 0.
+        grads = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
     flat = [grad.reshape(-1, grad.shape[-1]).float() for grad in grads]
     return [(site, g if keep is None else g[keep]) for (site, _, keep), g in zip(seen, flat, strict=True)]
 

@@ -19,7 +19,7 @@ from torch_prunepath.experts.budget import CURVE_TOKENS, Curve, cost_curve, fish
 from torch_prunepath.experts.fit import centroid_init, fitted_router
 from torch_prunepath.experts.partition import largest_contributions, partition
 from torch_prunepath.inputs.data import Inputs
-from torch_prunepath.inputs.visit import visit_inputs
+from torch_prunepath.inputs.visit import check_reached, visit_inputs
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
 
@@ -50,6 +50,7 @@ def plan_layers(
     fisher: dict[str, Tensor] = {}
     if config.budget == "sensitivity":
         assert inputs is not None
+        check_reached(model, views, inputs)
         fisher = fisher_information(model, views, inputs, seed=config.seed, progress=progress)
     with tqdm(total=len(views), desc="building experts", unit="layer", disable=not progress) as bar:
 

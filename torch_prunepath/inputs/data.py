@@ -54,7 +54,12 @@ def as_inputs(calibration: Any, model: nn.Module, tokenizer: Any = None, tokens:
     if _is_encoder_decoder(model) and ids is not None and not inputs.keys() & {"decoder_input_ids", "labels"}:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return {key: _ordinary(value.to(device)) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def _ordinary(value: Tensor) -> Tensor:
+    """The same numbers outside of ``torch.inference_mode``: autograd cannot save tensors that were made inside it."""
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
 def _listed(calibration: Any) -> list[Any]:

@@ -33,13 +33,7 @@ def visit_inputs(
     Raises:
         ValueError: if these inputs do not run some FFN.
     """
-    calls = _count_calls(model, views, inputs)
-    missed = [view.site for view in views if not calls[view.site]]
-    if missed:
-        raise ValueError(
-            f"calibration data does not reach {len(missed)} of {len(views)} FFNs (the first: {missed[0]}): pass inputs "
-            "that run the whole model, or a config with partition='kmeans', router='centroid', budget='uniform'"
-        )
+    calls = check_reached(model, views, inputs)
     kept: dict[str, list[Tensor]] = {view.site: [] for view in views}
     remaining = sum(calls.values())
 
@@ -65,6 +59,23 @@ def visit_inputs(
             stack.enter_context(removing(view.up.register_forward_pre_hook(watch(view, tracker))))
         with contextlib.suppress(_LastFFNSeen):
             model(**quiet(model, inputs))
+
+
+def check_reached(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> dict[str, int]:
+    """Count how often one forward pass calls each FFN, by ``view.site``.
+
+    Raises:
+        ValueError: if these inputs do not run some FFN.
+    """
+    calls = _count_calls(model, views, inputs)
+    missed = [view.site for view in views if not calls[view.site]]
+    if missed:
+        raise ValueError(
+            f"calibration data does not reach {len(missed)} of {len(views)} FFNs (the first: {missed[0]}): pass inputs "
+            "that run the whole model (images too, for an FFN that reads images), or a config with budget='uniform', "
+            "partition='kmeans', router='centroid', which needs no data"
+        )
+    return calls
 
 
 def _count_calls(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
 from torch_prunepath.layer.ffn import FFNView, bias_of, site_name, weight_out_in
+from torch_prunepath.layer.handoff import Handoff
 from torch_prunepath.layer.projections import (
     down,
     down_by_modules,
@@ -241,13 +242,6 @@ class SparseFFN(RoutedExperts):
         return cpu.sparse_ffn(*ffn, self.packs) if runs_here_and_now(x_TD) else sparse_ffn(*arguments(*ffn))
 
 
-class Handoff:
-    """Carries one routing from a :class:`SparseUp` to its :class:`SparseDown` within one forward pass."""
-
-    def __init__(self) -> None:
-        self.routing: tuple[Tensor, Tensor | None] | None = None
-
-
 class SparseUp(RoutedExperts):
     """fc1 of an FFN whose two layers a model calls apart; also holds the router. Inactive neurons come out as 0."""
 
@@ -257,8 +251,7 @@ class SparseUp(RoutedExperts):
         """Output of fc1: ``[..., D] -> [..., F]``, or ``[..., 2F]`` if gate and up are fused."""
         shape = x.shape
         x_TD = x.reshape(-1, shape[-1])
-        mask_TE, weights_TE = self.route(x_TD, shape[:-1])
-        self.handoff.routing = (mask_TE, weights_TE)
+        self.handoff.routing = mask_TE, _ = self.route(x_TD, shape[:-1])
         rows, bias = weight_out_in(self), bias_of(self)
         # Fused gate and up: two FFN widths under one mask.
         halves = [(rows, bias)]
@@ -278,9 +271,9 @@ class SparseDown(Swapped):
 
     def forward(self, h: Tensor) -> Tensor:
         """Output of fc2: ``[..., F] -> [..., D]``."""
-        assert self.handoff.routing is not None, "fc2 was called before its fc1"
-        mask_TE, weights_TE = self.handoff.routing
-        self.handoff.routing = None
+        routing = self.handoff.take()
+        assert routing is not None, "fc2 was called before its fc1"
+        mask_TE, weights_TE = routing
         y_TD = down_of(self, h.reshape(-1, h.shape[-1]), mask_TE, weights_TE, self.expert_size)
         return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts, SparseFFN, is_sparse
 from torch_prunepath.layer.ffn import FFNView, weight_out_in
+from torch_prunepath.layer.handoff import Handoff
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.sparse import Handoff, SparseDown, SparseUp, bases_of, sparse_class
+from torch_prunepath.layer.sparse import SparseDown, SparseUp, bases_of, sparse_class
 
 
 def make_routed(
