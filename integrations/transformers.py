@@ -7,6 +7,8 @@ transformers builds the dense model without weights, this method makes it sparse
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.manifest import METHOD, Manifest, rebuild, resolve, saved_names
 from torch_prunepath.layer.views import sparse_layers
@@ -115,19 +118,45 @@ def _check_files(model: nn.Module, files: Any) -> None:
                 present |= {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"damaged checkpoint file {file} ({error}): save or download the model again") from error
-    for layer in sparse_layers(model).values():
-        tensors = ["router.weight", "permutation", *(["router.bias"] if layer.router.bias is not None else [])]
-        for tensor in tensors:
-            found = [present.get(f"{name}.{tensor}") for name in saved_names(model, layer.name)]
-            shape = next((shape for shape in found if shape is not None), None)
-            if shape is None:
-                raise ValueError(
-                    f"damaged checkpoint: {layer.name}.{tensor} is missing from the weights; "
-                    "save or download the model again"
-                )
-            expected = tuple(layer.get_parameter(tensor).shape if "." in tensor else layer.permutation.shape)
-            if shape != expected:
-                raise ValueError(
-                    f"{layer.name}.{tensor} has shape {shape}, but config.json says {expected}: config.json and the "
-                    "weights do not belong together"
-                )
+    stored = _stored_layers(present)
+    layers = list(sparse_layers(model).values())
+    # transformers renames some classes' keys when it saves and when it loads: a layer that is not there under its own
+    # name must be there under another one, with the same shapes.
+    own = {layer.name: next((n for n in saved_names(model, layer.name) if n in stored), None) for layer in layers}
+    renamed = {name: shapes for name, shapes in stored.items() if name not in own.values()}
+    for layer in layers:
+        expected = {tensor: tuple(value.shape) for tensor, value in _tensors_of(layer).items()}
+        name = own[layer.name]
+        if name is None:
+            name = next((other for other, shapes in renamed.items() if shapes == expected), None)
+            renamed.pop(name, None)
+        _compare(layer.name, stored.get(name, {}), expected)
+
+
+def _tensors_of(layer: RoutedExperts) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a sparse layer beside the dense model's weights."""
+    found = {"router.weight": layer.router.weight, "router.bias": layer.router.bias, "permutation": layer.permutation}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _stored_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str | None, dict[str, tuple[int, ...]]]:
+    """The tensors that sparse layers have beside the dense model's, in a checkpoint's files: by layer, with shapes."""
+    found: dict[str | None, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        match = re.fullmatch(r"(?:(.*)\.)?(router\.weight|router\.bias|permutation)", key)
+        if match:
+            found.setdefault(match[1] or "", {})[match[2]] = shape
+    return found
+
+
+def _compare(name: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for tensor, shape in expected.items():
+        if tensor not in found:
+            raise ValueError(
+                f"damaged checkpoint: {name}.{tensor} is missing from the weights; save or download the model again"
+            )
+        if found[tensor] != shape:
+            raise ValueError(
+                f"{name}.{tensor} has shape {found[tensor]}, but config.json says {shape}: config.json and the "
+                "weights do not belong together"
+            )
