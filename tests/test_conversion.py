@@ -453,6 +453,28 @@ def test_under_inference_mode() -> None:
         sparsify(made_inside, calibration=inputs["input_ids"], progress=False)
 
 
+@pytest.mark.parametrize("how", ["inside", "whole", "replaced"])
+def test_compiled_modules_are_refused_wherever_they_are(how: str) -> None:
+    model, _ = ARCHITECTURES["llama"]()
+    if how == "replaced":
+        model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    else:
+        (model if how == "whole" else model.model.layers[1].mlp).compile(backend="eager")
+    with pytest.raises(ValueError, match="is compiled, and its graph has the dense weights"):
+        sparsify(model, config=WEIGHTS_ONLY, progress=False)
+    assert not any(is_sparse(module) for module in model.modules())
+
+
+def test_a_dense_model_with_a_sparse_config_is_told_so() -> None:
+    model, _ = ARCHITECTURES["llama"]()
+    sparsify(model, config=WEIGHTS_ONLY, progress=False)
+    fresh = type(model)(copy.deepcopy(model.config))
+    with pytest.raises(ValueError, match="its config is that of a sparse checkpoint"):
+        sparsify(fresh, config=WEIGHTS_ONLY, progress=False)
+    del fresh.config.quantization_config
+    sparsify(fresh, config=WEIGHTS_ONLY, progress=False)
+
+
 def test_split_down_is_called_after_its_up() -> None:
     model, inputs = ARCHITECTURES["opt"]()
     sparsify(model, config=WEIGHTS_ONLY, progress=False)

@@ -15,6 +15,7 @@ APART = {"csrc_triton": ROOT / "csrc_triton", "integrations": ROOT / "integratio
 """Folders beside the package that are installed below it."""
 
 ROOMS = [
+    "progress",
     "on_import",
     "activations",
     "config",

@@ -24,7 +24,7 @@ from torch_prunepath.experts.plan import LayerPlan, plan_layers
 from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sample_text
 from torch_prunepath.layer import ExpertsSpec, is_sparse
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.manifest import attach, describe
+from torch_prunepath.layer.manifest import attach, attached, describe
 from torch_prunepath.layer.refuse import refuse_wrapped, refuse_wrapper
 from torch_prunepath.layer.swap import Swap, make_all_routed, make_dense
 from torch_prunepath.layer.views import sparse_layers, sparse_views
@@ -112,6 +112,11 @@ def _refuse(model: nn.Module) -> None:
         )
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("the model has parameters without data (meta device): load its weights first")
+    if attached(model) is not None:
+        raise ValueError(
+            "the model is dense, but its config is that of a sparse checkpoint: load that one with from_pretrained, or "
+            "delete model.config.quantization_config to make this model sparse"
+        )
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError(
             "the model carries a quantization_config: make it sparse before quantising, or load it unquantised "

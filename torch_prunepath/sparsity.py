@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torch_prunepath.config import check_sparsity, check_tau
 from torch_prunepath.inputs.data import evaluating, iterate_inputs
@@ -21,6 +20,7 @@ from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import attach, attached, describe
 from torch_prunepath.layer.sparse import RoutingHook
 from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.progress import progress_bar
 from torch_prunepath.search import OutOfReach, find_tau
 
 MIN_TAU = 1e-30
@@ -218,7 +218,7 @@ def set_sparsity(
     layers = sparse_layers(model)
     before = {name: float(layer.tau) for name, layer in layers.items()}
     inputs = list(iterate_inputs(batches, model, tokenizer))
-    with tqdm(desc=f"finding tau for sparsity {target:g}", unit="pass", disable=not progress) as bar:
+    with progress_bar(desc=f"finding tau for sparsity {target:g}", unit="pass", progress=progress) as bar:
 
         def measure(tau: float) -> float:
             set_tau(model, tau)

@@ -91,6 +91,41 @@ on_dense("a model without feed-forward networks that are supported")(
 )
 on_dense("a model in DataParallel")(lambda model, _: convert(nn.DataParallel(model)))
 on_dense("a compiled model")(lambda model, _: convert(torch.compile(tiny_llama())))
+
+
+@on_dense("a model with a compiled module")
+def _(model: Model, folder: Path) -> None:
+    partly = tiny_llama()
+    partly.model.layers[0].mlp.compile(backend="eager")
+    convert(partly)
+
+
+@on_dense("a model made under inference_mode")
+def _(model: Model, folder: Path) -> None:
+    with torch.inference_mode():
+        made = tiny_llama()
+    convert(made)
+
+
+@on_dense("a dense model with a sparse model's config")
+def _(model: Model, folder: Path) -> None:
+    convert(type(model)(convert(tiny_llama()).config))
+
+
+@on_dense("calibration data that miss an FFN")
+def _(model: Model, folder: Path) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = (nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.used(x)
+            return found
+
+    convert(Half(), config=SparsifyConfig(), calibration={"x": torch.randn(4, 16, 8)})
+
+
 on_dense("calibration data that nothing uses")(lambda model, _: convert(model, calibration=token_ids()))
 on_dense("a setting that does not exist")(lambda model, _: SparsifyConfig(router="trained"))  # type: ignore[arg-type]
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, calibration_inputs
 from torch_prunepath.baselines.widths import tell_config
@@ -25,6 +24,7 @@ from torch_prunepath.discover import find_ffns
 from torch_prunepath.inputs.data import Inputs
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer.ffn import FFNView, bias_of, is_transposed
+from torch_prunepath.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def neuron_scores(
 ) -> dict[str, Tensor]:
     """Compute the importance of each neuron as :func:`prune` defines it, float64 ``[F]`` on the CPU, by FFN name."""
     scores: dict[str, Tensor] = {}
-    with tqdm(total=len(views), desc="scoring neurons", unit="layer", disable=not progress) as bar:
+    with progress_bar(total=len(views), desc="scoring neurons", unit="layer", progress=progress) as bar:
 
         def visit(view: FFNView, x_ND: Tensor) -> None:
             power, order = _POWER_AND_ORDER[score]

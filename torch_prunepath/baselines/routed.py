@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torch_prunepath.config import Gate, SparsifyConfig, check_tau
 from torch_prunepath.conversion import densify, sparsify
@@ -25,6 +24,7 @@ from torch_prunepath.layer.manifest import forbid_saving
 from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.sparse import SelectionRule
 from torch_prunepath.layer.views import sparse_layers, sparse_views
+from torch_prunepath.progress import progress_bar
 from torch_prunepath.sparsity import set_sparsity, set_tau
 
 CALIBRATION_TOKENS = 16384
@@ -161,7 +161,7 @@ def refuse_saving(model: nn.Module, rule: SelectionRule) -> None:
 def _build_all(model: nn.Module, build: BuildRouter, inputs: Inputs | None, progress: bool) -> dict[str, Router]:
     views = sparse_views(model)
     routers: dict[str, Router] = {}
-    with tqdm(total=len(views), desc="building routers", unit="layer", disable=not progress) as bar:
+    with progress_bar(total=len(views), desc="building routers", unit="layer", progress=progress) as bar:
 
         def visit(view: FFNView, x_ND: Tensor | None) -> None:
             routers[view.site] = build(view, x_ND)

@@ -22,7 +22,6 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.baselines.quantiles import Quantiles
@@ -34,6 +33,7 @@ from torch_prunepath.discover import find_ffns
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.progress import progress_bar
 
 Allocation = Literal["greedy", "uniform"]
 
@@ -217,7 +217,7 @@ def cats(
     handle = Thresholding(model, "neurons")
     views = [FFNView(model, spec) for spec in find_ffns(model)]
     inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
-    with tqdm(total=len(views), desc="measuring activations", unit="layer", disable=not progress) as bar:
+    with progress_bar(total=len(views), desc="measuring activations", unit="layer", progress=progress) as bar:
 
         def visit(view: FFNView, x_ND: Tensor) -> None:
             handle._sites.append((_GateSite(handle, view, "neurons", 1), Quantiles(gate_activations(view, x_ND))))
@@ -263,7 +263,7 @@ def teal(
     handle = Thresholding(model, "matrix inputs")
     views = [FFNView(model, spec) for spec in find_ffns(model)]
     inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
-    with tqdm(total=len(views), desc="measuring inputs", unit="layer", disable=not progress) as bar:
+    with progress_bar(total=len(views), desc="measuring inputs", unit="layer", progress=progress) as bar:
 
         def visit(view: FFNView, x_ND: Tensor) -> None:
             of_x = Quantiles(x_ND)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torch_prunepath.bench import results as record
 from torch_prunepath.bench.check import check_layer
@@ -19,6 +18,7 @@ from torch_prunepath.bench.layers import LAYOUTS, TimedFFN, Usage
 from torch_prunepath.bench.options import FFNOptions
 from torch_prunepath.bench.sources import Source, open_source
 from torch_prunepath.bench.timing import Timing, Traffic, copy_bandwidth, peak_memory, ready, timed
+from torch_prunepath.progress import progress_bar
 
 CHECKED_LAYERS = 2
 """Number of layers whose outputs are compared: all are made alike, and float64 is slow. 2 is a guess."""
@@ -36,7 +36,7 @@ def run(options: FFNOptions, command_line: str = "") -> dict[str, Any]:
     bandwidth = copy_bandwidth(options.torch_device)
     results = record.begin("ffn", options, command_line, bandwidth)
     total = len(options.geometries) * len(options.tokens) * len(options.sparsities)
-    with tqdm(total=total, desc="bench ffn", unit="row", disable=None) as bar:
+    with progress_bar(total=total, desc="bench ffn", unit="row", progress=None) as bar:
         for name in options.geometries:
             source = open_source(name, options)
             results["geometries"][source.name] = _about(source)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from torch_prunepath.bench.check import relative_rms, require
 from torch_prunepath.bench.decoder import Step, Work, logits_of
 from torch_prunepath.bench.options import MODES, DecodeOptions
 from torch_prunepath.bench.timing import Peak, Timing, peak_memory, timed
+from torch_prunepath.progress import progress_bar
 
 CHECKED_CALLS = 4
 """Number of calls, the first ones, whose logits are compared. Each needs an eager call too; 4 is a guess."""
@@ -41,7 +41,7 @@ class Measured:
 
 def ready_steps(work: Work, modes: Sequence[str], backend: str, what: str) -> dict[str, Step]:
     """Prepare the work's step in each mode; ``what`` names the step in the progress bar."""
-    bar = tqdm(modes, desc=f"compiling {what}", unit="mode", disable=None, leave=False)
+    bar = progress_bar(modes, desc=f"compiling {what}", unit="mode", progress=None, leave=False)
     return {mode: work.prepared(MODES[mode], backend) for mode in bar}
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torch_prunepath.bench.build import random_ids
 from torch_prunepath.bench.decoder import Decoder, read_prompt
 from torch_prunepath.bench.options import MODES, DecodeOptions
+from torch_prunepath.progress import progress_bar
 
 REPEATS = 3
 """Number of runs of each prompt: the median of three ignores one run that was disturbed."""
@@ -59,7 +59,7 @@ class Prompts:
     def measure(self) -> list[dict[str, Any]]:
         """Measure the median latency of each prompt, in milliseconds."""
         found = []
-        bar = tqdm(self._prompts, desc=f"{self._name}: prompts", unit="prompt", disable=None, leave=False)
+        bar = progress_bar(self._prompts, desc=f"{self._name}: prompts", unit="prompt", progress=None, leave=False)
         for number, prompt_1C in enumerate(bar):
             seconds = statistics.median(self._latency(prompt_1C) for _ in range(REPEATS))
             found.append(

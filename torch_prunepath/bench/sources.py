@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from torch_prunepath.bench.geometry import Geometry, resolve
 from torch_prunepath.bench.layers import SCORE_SPREAD, TimedFFN, random_layer
@@ -30,6 +29,7 @@ from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.manifest import METHOD
 from torch_prunepath.layer.views import sparse_views
+from torch_prunepath.progress import progress_bar
 
 CACHES = 4
 """Bytes that one pass over the layers reads at the highest sparsity, as a multiple of the last cache's size. It must be
@@ -115,7 +115,9 @@ def _random(geometry: Geometry, options: FFNOptions) -> Source:
 
     first = layer(0)
     count = layers_wanted(first, options)
-    rest = tqdm(range(1, count), desc=f"{geometry.name}: random layers", unit="layer", disable=None, leave=False)
+    rest = progress_bar(
+        range(1, count), desc=f"{geometry.name}: random layers", unit="layer", progress=None, leave=False
+    )
     generator = torch.Generator(device).manual_seed(options.seed)
     pool_ND = torch.randn(max(options.tokens), geometry.hidden_size, device=device, generator=generator).to(dtype)
     return Source(geometry.name, RANDOM_WEIGHTS, "random", [first, *map(layer, rest)], [pool_ND] * count)

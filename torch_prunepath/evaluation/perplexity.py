@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from tqdm import tqdm
 
 from torch_prunepath.inputs.data import evaluation_mode
+from torch_prunepath.progress import progress_bar
 
 
 def perplexity(model: Any, window_NC: Tensor, *, title: str = "perplexity") -> float:
@@ -48,7 +48,7 @@ def mean_loss(model: Any, window_NC: Tensor, *, rows: int = 1, title: str = "per
     """
     total = 0.0
     with evaluation_mode(model), torch.inference_mode():
-        for window_BC in tqdm(window_NC.split(rows), desc=title, unit="window", leave=False, disable=None):
+        for window_BC in progress_bar(window_NC.split(rows), desc=title, unit="window", leave=False, progress=None):
             window_BC = window_BC.to(model.device)
             logits_TV = model(input_ids=window_BC, use_cache=False).logits[:, :-1].flatten(0, 1)
             total += nnf.cross_entropy(logits_TV.float(), window_BC[:, 1:].flatten(), reduction="sum").item()
@@ -91,7 +91,7 @@ def decode_speed(
     prompt_1P = prompt_1P.to(model.device)
     speeds = []
     with evaluation_mode(model), torch.inference_mode():
-        for _ in tqdm(range(1 + repeats), desc=title, unit="run", leave=False, disable=None):
+        for _ in progress_bar(range(1 + repeats), desc=title, unit="run", leave=False, progress=None):
             clock = _Clock()
             model.generate(
                 prompt_1P,

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torch_prunepath.config import Rule
 from torch_prunepath.inputs.data import Inputs, evaluation_mode
@@ -28,6 +27,7 @@ from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import quiet, removing
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.ops.experts import expand_experts
+from torch_prunepath.progress import progress_bar
 from torch_prunepath.select import mask_from_scores
 
 FISHER_TOKENS = 4096
@@ -87,7 +87,7 @@ def fisher_information(
     counts = dict.fromkeys(moments, 0)
     generator = torch.Generator().manual_seed(seed)
     with evaluation_mode(model):
-        for batch in tqdm(_rows(inputs), desc="measuring sensitivity", unit="row", disable=not progress):
+        for batch in progress_bar(_rows(inputs), desc="measuring sensitivity", unit="row", progress=progress):
             for site, g_ND in _output_gradients(model, views, batch, generator):
                 moments[site] = moments[site].to(g_ND.device) + g_ND.t() @ g_ND
                 counts[site] += g_ND.shape[0]

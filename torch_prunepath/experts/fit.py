@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torch_prunepath.config import num_experts
 from torch_prunepath.inputs.data import as_inputs
@@ -22,6 +21,7 @@ from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.manifest import attach, attached, describe
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.ops.experts import expert_sums
+from torch_prunepath.progress import progress_bar
 from torch_prunepath.rms import normalised
 from torch_prunepath.sparsity import register_routing_hook
 
@@ -47,7 +47,7 @@ def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress:
     layers, views = sparse_layers(model), sparse_views(model)
     inputs = as_inputs(batches, model, tokenizer)
     fitted: dict[str, tuple[Tensor, Tensor]] = {}
-    with tqdm(total=len(views), desc="fitting routers", unit="layer", disable=not progress) as bar:
+    with progress_bar(total=len(views), desc="fitting routers", unit="layer", progress=progress) as bar:
 
         def visit(view: FFNView, x_ND: Tensor) -> None:
             layer = layers[view.site]

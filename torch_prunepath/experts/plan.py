@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torch_prunepath.config import SparsifyConfig, num_experts
 from torch_prunepath.experts.budget import CURVE_TOKENS, Curve, cost_curve, fisher_information
@@ -22,6 +21,7 @@ from torch_prunepath.inputs.data import Inputs
 from torch_prunepath.inputs.visit import check_reached, visit_inputs
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
+from torch_prunepath.progress import progress_bar
 
 PARTITION_TOKENS = 4096
 """Largest number of tokens whose activations decide which neurons form an expert. A guess."""
@@ -52,7 +52,7 @@ def plan_layers(
         assert inputs is not None
         check_reached(model, views, inputs)
         fisher = fisher_information(model, views, inputs, seed=config.seed, progress=progress)
-    with tqdm(total=len(views), desc="building experts", unit="layer", disable=not progress) as bar:
+    with progress_bar(total=len(views), desc="building experts", unit="layer", progress=progress) as bar:
 
         def plan(view: FFNView, x_ND: Tensor | None) -> None:
             plans[view.site] = _plan_layer(view, x_ND, config, fisher.pop(view.site, None))

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from torch_prunepath.progress import progress_bar
 
 Inputs = dict[str, Any]
 ROW_TOKENS = 512
@@ -178,7 +179,7 @@ def sample_text(model: Any, tokens: int, seed: int = 0, progress: bool = True) -
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         evaluating(model),
-        tqdm(total=rows * (length - 1), desc="sampling calibration text", unit="tok", disable=not progress) as bar,
+        progress_bar(total=rows * (length - 1), desc="sampling calibration text", unit="tok", progress=progress) as bar,
     ):
         torch.manual_seed(seed)
         if start is None:

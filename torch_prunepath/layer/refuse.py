@@ -52,8 +52,19 @@ def refuse_wrapper(model: object) -> None:
         raise ValueError("the model is in DistributedDataParallel: sparsify(model.module) before it is wrapped")
     if isinstance(model._modules.get("_orig_mod"), nn.Module):
         raise ValueError("the model is compiled: sparsify(model._orig_mod), and compile it afterwards")
+    compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
+    if compiled is not None:
+        raise ValueError(
+            f"{compiled or 'the model'} is compiled, and its graph has the dense weights: make the model sparse before "
+            "anything in it is compiled"
+        )
     if hasattr(type(model), "get_base_model"):
         raise ValueError(
             f"the model is a {kind}: call merge_and_unload() first; or, if its adapters are not on feed-forward "
             "networks, sparsify(model.get_base_model())"
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, or the module is what ``torch.compile`` returned."""
+    return module._compiled_call_impl is not None or isinstance(module._modules.get("_orig_mod"), nn.Module)

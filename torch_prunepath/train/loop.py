@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from torch_prunepath.inputs.data import evaluation_mode
+from torch_prunepath.progress import progress_bar
 from torch_prunepath.sparsity import set_tau
 from torch_prunepath.train.batches import endless, take
 from torch_prunepath.train.compiling import check_compilable, compiled_with_teacher, keep_gradients
@@ -64,7 +64,7 @@ def train(
     """
     run = _Run(model, config, teacher, state, steps_of(config, batches), compile)
     history: list[Record] = []
-    with run.open(), tqdm(total=run.steps, initial=run.state.step, desc="training", disable=not progress) as bar:
+    with run.open(), progress_bar(total=run.steps, initial=run.state.step, desc="training", progress=progress) as bar:
 
         def report(records: list[Record]) -> bool:
             for record in records:
