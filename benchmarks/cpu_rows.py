@@ -84,7 +84,7 @@ class TimedFFN:
     def sparse(self, x_TD: Tensor, size: int) -> Tensor:
         selector = Selector(self.router_ED, None, self.tau, "reach", None)
         weights = FFNWeights(self.up_FD, None, self.gate_FD, None, self.down_FD, None)
-        return cpu.sparse_ffn(x_TD, selector, weights, "silu", size, self.packs)
+        return cpu.sparse_ffn(x_TD, selector, weights, "silu", size, packs=self.packs)
 
     def operators(self, x_TD: Tensor, size: int) -> Tensor:
         mask_TE = ops.select_experts(ops.router_scores(x_TD, self.router_ED, None), self.tau, "reach")

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_prunepath.csrc_triton.jit import activate
+from torch_prunepath.weights import Threshold
 
 MOST_AT_ONCE = 2048
 """How many neurons of a token a program takes, 16 a thread; a guess."""
@@ -21,6 +22,8 @@ def _masked(
     gate_ptr,
     mask_ptr,
     weights_ptr,
+    theta_h_ptr,
+    row_norm_ptr,
     E,
     F,
     stride_up,
@@ -29,6 +32,7 @@ def _masked(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    NEURONS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -40,6 +44,8 @@ def _masked(
         h *= activate(tl.load(gate_ptr + t * stride_gate + f, mask=ok, other=0.0).to(tl.float32), ACTIVATION)
     else:
         h = activate(h, ACTIVATION)
+    if NEURONS:
+        h = tl.where(tl.abs(h) * tl.load(row_norm_ptr + f, mask=ok, other=0.0) < tl.load(theta_h_ptr), 0.0, h)
     if WEIGHTS:
         h *= tl.load(weights_ptr + at, mask=ok, other=0.0)
     h = tl.where(tl.load(mask_ptr + at, mask=ok, other=0) != 0, h, 0.0)
@@ -53,8 +59,9 @@ def activate_masked_(
     weights_TE: Tensor | None,
     activation: str,
     expert_size: int,
+    neurons: Threshold | None = None,
 ) -> Tensor:
-    """Hidden activations times the experts' weights, 0 where inactive, in place.
+    """Hidden activations times the experts' weights, 0 where inactive or under a threshold, in place.
 
     Hidden activations are ``act(gate) * up``, or ``act(up)`` in a plain FFN.
 
@@ -65,6 +72,7 @@ def activate_masked_(
         weights_TE: float32 ``[T, E]``, contiguous, or None for 1.
         activation: key of ``ACTIVATIONS``, or ``"none"``.
         expert_size: S.
+        neurons: which hidden activations count, before their experts' weights; None: all.
     """
     T, F = up_TF.shape
     block = min(MOST_AT_ONCE, triton.next_power_of_2(F))
@@ -74,6 +82,7 @@ def activate_masked_(
         gate,
         mask_TE,
         weights_TE,
+        *(neurons or (None, None)),
         mask_TE.shape[1],
         F,
         up_TF.stride(0),
@@ -82,6 +91,7 @@ def activate_masked_(
         ACTIVATION=activation,
         GATED=gate_TF is not None,
         WEIGHTS=weights_TE is not None,
+        NEURONS=neurons is not None,
         BLOCK_F=block,
         num_warps=4,
     )

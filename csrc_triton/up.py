@@ -13,7 +13,14 @@ from torch import Tensor
 
 from torch_prunepath.csrc_triton.jit import activate, begin, interpreted, launch_options, multiprocessors, overlaps
 from torch_prunepath.csrc_triton.order import Workspace, places, write_order
-from torch_prunepath.weights import UpWeights
+from torch_prunepath.weights import Thresholds, UpWeights
+
+
+@triton.jit
+def _counted_inputs(x, x32, d, theta_x_ptr, column_norm_ptr, D: tl.constexpr):
+    """``x`` with 0 for channels that do not count; ``x32`` is the same in float32, its last dimension that of ``d``."""
+    norm = tl.load(column_norm_ptr + d, mask=d < D, other=0.0)
+    return tl.where(tl.abs(x32) * norm < tl.load(theta_x_ptr), tl.zeros_like(x), x)
 
 
 @triton.jit
@@ -23,6 +30,8 @@ def _products_one(
     gate_ptr,
     row,
     row_ok,
+    theta_x_ptr,
+    column_norm_ptr,
     stride_x,
     stride_up_f,
     stride_up_d,
@@ -32,6 +41,7 @@ def _products_one(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GATED: tl.constexpr,
+    INPUTS: tl.constexpr,
 ):
     """Products of one token, ``up[row] @ x`` and ``gate[row] @ x``, in float32: each ``[1, ROWS]``."""
     up_at = up_ptr + row.to(tl.int64)[:, None] * stride_up_f
@@ -44,7 +54,10 @@ def _products_one(
         u = tl.load(up_at + d[None, :] * stride_up_d, mask=inside, other=0.0)
         if GATED:  # both on their way before the first is used
             v = tl.load(gate_at + d[None, :] * stride_gate_d, mask=inside, other=0.0)
-        x = tl.load(x_ptr + d * stride_x, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_ptr + d * stride_x, mask=d < D, other=0.0).to(tl.float32)
+        if INPUTS:
+            x = _counted_inputs(x, x, d, theta_x_ptr, column_norm_ptr, D)
+        x = x[None, :]
         h += tl.sum(u.to(tl.float32) * x, axis=1)
         if GATED:
             g += tl.sum(v.to(tl.float32) * x, axis=1)
@@ -58,6 +71,8 @@ def _products(
     gate_ptr,
     row,
     row_ok,
+    theta_x_ptr,
+    column_norm_ptr,
     T,
     stride_t,
     stride_x,
@@ -71,6 +86,7 @@ def _products(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
+    INPUTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Products of several tokens, ``x @ up[row].T`` and ``x @ gate[row].T``, in float32: each ``[BLOCK_T, ROWS]``."""
@@ -87,6 +103,8 @@ def _products(
         u = tl.load(up_at + d[:, None] * stride_up_d, mask=inside, other=0.0)
         if UPCAST:
             x, u = x.to(tl.float32), u.to(tl.float32)
+        if INPUTS:
+            x = _counted_inputs(x, x.to(tl.float32), d[None, :], theta_x_ptr, column_norm_ptr, D)
         h = tl.dot(x, u, h, input_precision="ieee")
         if GATED:
             v = tl.load(gate_at + d[:, None] * stride_gate_d, mask=inside, other=0.0)
@@ -109,6 +127,10 @@ def _up(
     order_ptr,
     used_ptr,
     count_ptr,
+    theta_x_ptr,
+    column_norm_ptr,
+    theta_h_ptr,
+    row_norm_ptr,
     T,
     E,
     F,
@@ -131,6 +153,8 @@ def _up(
     GATED: tl.constexpr,
     UP_BIAS: tl.constexpr,
     GATE_BIAS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    NEURONS: tl.constexpr,
     UPCAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -157,15 +181,15 @@ def _up(
         row_ok = (r < count * S) & (row < F)
         if BLOCK_T == 1:
             h, g = _products_one(
-                x_ptr, up_ptr, gate_ptr, row, row_ok,
+                x_ptr, up_ptr, gate_ptr, row, row_ok, theta_x_ptr, column_norm_ptr,
                 stride_x, stride_up_f, stride_up_d, stride_gate_f, stride_gate_d,
-                D, ROWS, BLOCK_D, GATED,
+                D, ROWS, BLOCK_D, GATED, INPUTS,
             )  # fmt: skip
         else:
             h, g = _products(
-                x_ptr, up_ptr, gate_ptr, row, row_ok, T,
+                x_ptr, up_ptr, gate_ptr, row, row_ok, theta_x_ptr, column_norm_ptr, T,
                 stride_t, stride_x, stride_up_f, stride_up_d, stride_gate_f, stride_gate_d,
-                D, BLOCK_T, ROWS, BLOCK_D, STAGES, GATED, UPCAST,
+                D, BLOCK_T, ROWS, BLOCK_D, STAGES, GATED, INPUTS, UPCAST,
             )  # fmt: skip
         if UP_BIAS:
             h += tl.load(up_bias_ptr + row, mask=row_ok, other=0.0).to(tl.float32)[None, :]
@@ -177,6 +201,9 @@ def _up(
             h = activate(h, ACTIVATION)
         inside = (t < T)[:, None] & row_ok[None, :]
         at = t.to(tl.int64)[:, None] * E + e[None, :]
+        if NEURONS:
+            norm = tl.load(row_norm_ptr + row, mask=row_ok, other=0.0)[None, :]
+            h = tl.where(tl.abs(h) * norm < tl.load(theta_h_ptr), 0.0, h)
         if WEIGHTS:
             h *= tl.load(weights_ptr + at, mask=inside, other=0.0)
         if BLOCK_T > 1:  # not zero times what may be infinite
@@ -217,6 +244,7 @@ def up(
     expert_size: int,
     work: Workspace,
     h_TF: Tensor,
+    thresholds: Thresholds,
 ) -> None:
     """Hidden activations of few tokens; several tokens' experts in use are listed in ``work`` for the down kernel.
 
@@ -229,6 +257,7 @@ def up(
         expert_size: S.
         work: which experts are in use (the list, for one token).
         h_TF: result ``[T, F]``, contiguous: written where an expert is in use, 0 for tokens that do not activate it.
+        thresholds: which channels are read and which neurons are not 0, before ``weights_TE`` multiplies them.
     """
     up_FD, up_bias_F, gate_FD, gate_bias_F = weights
     (T, D), F, E = x_TD.shape, up_FD.shape[0], mask_TE.shape[1]
@@ -247,6 +276,7 @@ def up(
         work.order_E,
         work.used_E,
         work.length,
+        *thresholds.parts,
         T,
         E,
         F,
@@ -263,6 +293,8 @@ def up(
         GATED=gate_FD is not None,
         UP_BIAS=up_bias_F is not None,
         GATE_BIAS=gate_bias_F is not None,
+        INPUTS=thresholds.inputs is not None,
+        NEURONS=thresholds.neurons is not None,
         UPCAST=interpreted(),
         OVERLAP=overlaps(x_TD),
         **config,

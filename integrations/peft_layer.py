@@ -22,18 +22,25 @@ from torch import Tensor, nn
 
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts
-from torch_prunepath.layer.ffn import bias_of, weight_out_in
-from torch_prunepath.layer.handoff import Handoff
+from torch_prunepath.layer.buffers import Float32Buffers
+from torch_prunepath.layer.ffn import FFNView, bias_of, weight_out_in
+from torch_prunepath.layer.handoff import Chosen, Handoff
+from torch_prunepath.layer.norms import column_norms, refresh_after_loading, row_norms
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.tau import Float32Tau
+from torch_prunepath.layer.sparse import Neurons, Norms
+from torch_prunepath.select import keep_counted
+from torch_prunepath.weights import Threshold
 
 STORED = "routing"
 """The name of a layer's adapters in state dicts, ``prunepath.routing.<adapter>.router.weight``, in place of their
 container's: adapters of other kinds would save them as a part of themselves."""
 
 
-class AdapterState(Float32Tau):
-    """What one adapter holds for one FFN: its router, the permutation that forms its experts, and tau.
+class AdapterState(Float32Buffers):
+    """What one adapter holds for one FFN: its router, the permutation that forms its experts, tau and thresholds.
+
+    Norms of weights, which thresholds are compared with, are there once a threshold was set. Those of neurons are in
+    the base model's order.
 
     Args:
         experts: how its experts are chosen and weighed.
@@ -45,6 +52,11 @@ class AdapterState(Float32Tau):
     """
 
     permutation: Tensor
+    tau: Tensor
+    theta_x: Tensor
+    theta_h: Tensor
+    column_norm_D: Tensor | None
+    row_norm_F: Tensor | None
     expert_of_F: Tensor
 
     def __init__(
@@ -55,6 +67,10 @@ class AdapterState(Float32Tau):
         self.router = router
         self.register_buffer("permutation", order_F.to(torch.int32))
         self.register_buffer("tau", torch.tensor(tau, dtype=torch.float32, device=order_F.device))
+        for name in ("theta_x", "theta_h"):
+            self.register_buffer(name, torch.zeros_like(self.tau), persistent=False)
+        for name in NORMS:
+            self.register_buffer(name, None, persistent=False)
         self.register_buffer("expert_of_F", self._experts_of_neurons(), persistent=False)
 
     def _experts_of_neurons(self) -> Tensor:
@@ -66,6 +82,10 @@ class AdapterState(Float32Tau):
         if f"{prefix}permutation" in state_dict:
             self.expert_of_F = self._experts_of_neurons()
             self.filled = True
+
+
+NORMS = ("column_norm_D", "row_norm_F")
+"""Buffers of an adapter that hold norms of the base model's weights."""
 
 
 class InExpertOrder(nn.Module):
@@ -143,6 +163,7 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         self._handoff = Handoff()
         self._handles: dict[str, Any] = {}
         self._down: nn.Module | None = None
+        self.register_load_state_dict_post_hook(refresh_after_loading)
         self.register_state_dict_post_hook(_store)
         self.register_load_state_dict_pre_hook(_restore)
 
@@ -173,6 +194,51 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         return self.state().tau
 
     @property
+    def theta_x(self) -> Tensor:  # type: ignore[override]
+        """The active adapter's threshold on inputs, 0-d float32."""
+        return self.state().theta_x
+
+    @property
+    def theta_h(self) -> Tensor:  # type: ignore[override]
+        """The active adapter's threshold on neurons, 0-d float32."""
+        return self.state().theta_h
+
+    @property
+    def has_norms(self) -> bool:  # type: ignore[override]
+        """Whether the active adapter ever had a threshold."""
+        return self.state().column_norm_D is not None
+
+    def norm(self, name: str) -> Tensor:
+        """One of the norms of the base model's weights."""
+        norm: Tensor = getattr(self.state(), name)
+        return norm
+
+    def weights_with_norms(self) -> Norms:
+        """What thresholds compare with: the base model's weights, neurons in its order."""
+        view = FFNView.of_owner(vars(self)["owner"], self.spec)
+        first = [weight_out_in(module) for module in (view.up, view.gate) if module is not None]
+        return {"column_norm_D": (column_norms, tuple(first)), "row_norm_F": (row_norms, (view.down_FD,))}
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def keep_norms(self) -> None:
+        """Begin to keep norms for the active adapter, or compute those that are kept again."""
+        if not self.has_norms:
+            for name, norm in self.norms_now().items():
+                setattr(self.state(), name, norm)
+        self.refresh_norms()
+
+    @torch.no_grad()
+    def refresh_norms(self) -> None:
+        """Compute the norms that the adapters keep again, in place, if the weights can be read."""
+        keepers = [state for state in self.adapters.values() if state.column_norm_D is not None]
+        if keepers and self.can_keep_norms():
+            norms = self.norms_now()
+            for state in keepers:
+                for name, norm in norms.items():
+                    getattr(state, name).copy_(norm)
+
+    @property
     def permutation(self) -> Tensor:  # type: ignore[override]
         """The active adapter's order of neurons, int32 ``[F]``."""
         return self.state().permutation
@@ -188,7 +254,9 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         return self.state().budget
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        return nn.Module._apply(self, fn, recurse)  # each adapter looks after its own tau
+        nn.Module._apply(self, fn, recurse)  # each adapter looks after its own tau
+        self.refresh_norms()
+        return self
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Hook into the module that gives the FFN's output: this one is never called."""
@@ -219,10 +287,12 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         self._handles.clear()
         self._handoff.routing = vars(self)["_down"] = None
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._handoff.routing = None
         if self._disable_adapters or not self.active_adapters:
-            return
+            return None
         if not self.state().filled:
             raise ValueError(
                 "the adapter's configuration is here, but not its weights: load both with "
@@ -230,7 +300,12 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
             )
         self._follow_down()
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        self._handoff.routing = self.route(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]))
+        mask_TE, weights_TE = self.route(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]))
+        self._handoff.routing = Chosen(mask_TE, weights_TE, self.theta_h if self.has_norms else None)
+        if not self.has_norms:
+            return None
+        x = keep_counted(x, self.inputs_threshold)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
     def _follow_down(self) -> None:
         """Watch the last projection, from outside of what may have been put around it since."""
@@ -245,9 +320,15 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         routing = self._handoff.take()
         if routing is None:
             return None
-        mask_TE, weights_TE = routing
+        mask_TE, weights_TE, theta_h = routing
         h, expert_of_F = args[0], self.state().expert_of_F
-        h_TF = h.reshape(-1, h.shape[-1]).masked_fill(~mask_TE.index_select(1, expert_of_F), 0.0)
+        active_TF = mask_TE.index_select(1, expert_of_F)
+        h_TF = h.reshape(-1, h.shape[-1]).masked_fill(~active_TF, 0.0)
+        if theta_h is not None:
+            neurons = Threshold(theta_h, self.norm("row_norm_F"))
+            for hook in self.neuron_hooks:
+                hook(Neurons(self.name, h_TF, active_TF, neurons, h.shape[:-1]))
+            h_TF = keep_counted(h_TF, neurons)
         if weights_TE is not None:
             h_TF = h_TF * weights_TE.index_select(1, expert_of_F).to(h_TF.dtype)
         return h_TF.reshape(h.shape), *args[1:]

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from torch_prunepath.integrations.peft_build import layers_of
 from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer
+from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.swap import Swap, make_all_routed
+from torch_prunepath.layer.views import write_thresholds
 
 Shape = tuple[int, ...]
 _OURS = re.compile(r"\.prunepath(_\w+)?\.[a-z.]+$")
@@ -97,6 +99,11 @@ def make_sparse(root: nn.Module, layers: Sequence[PrunePathLayer], states: Seque
         router = _copied(state.router, view.down_FD.dtype)
         swaps.append(Swap(view, state.experts, router, state.permutation.clone(), float(state.tau), state.budget))
     make_all_routed(swaps)
+    for swap, state in zip(swaps, states, strict=True):
+        if state.column_norm_D is not None:
+            site = swap.view.up if swap.view.spec.split else swap.view.owner
+            assert isinstance(site, RoutedExperts)
+            write_thresholds(site, swap.view, float(state.theta_x), float(state.theta_h))
 
 
 def _copied(router: Router, dtype: torch.dtype) -> Router:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATIONS, activate
-from torch_prunepath.layer.tau import Float32Tau
+from torch_prunepath.layer.buffers import Float32Buffers
 from torch_prunepath.ops.experts import expand_experts, expert_sums, weigh, zero_inactive
 from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn, values
-from torch_prunepath.weights import FFNWeights, Selector, UpWeights
+from torch_prunepath.weights import EVERYTHING, FFNWeights, Selector, Threshold, Thresholds, UpWeights
 
 
 def ffn(D: int = 3, F: int = 5, gated: bool = True, bias: bool = True) -> FFNWeights:
@@ -41,7 +41,8 @@ def test_project_is_both_linear_layers(gated: bool, bias: bool) -> None:
 @given(offset=st.none() | st.floats(-2, 2), norm=st.booleans(), shared=st.integers(0, 3), gated=st.booleans())
 def test_the_operators_arguments_and_back(offset: float | None, norm: bool, shared: int, gated: bool) -> None:
     selector = Selector(torch.randn(2, 3), None, torch.tensor(0.5), "below", offset, norm, shared)
-    given_values = (torch.randn(4, 3), selector, ffn(gated=gated), "silu", 3)
+    thresholds = Thresholds(Threshold(torch.tensor(0.5), torch.rand(3)), Threshold(torch.tensor(0.1), torch.rand(5)))
+    given_values = (torch.randn(4, 3), selector, ffn(gated=gated), "silu", 3, thresholds)
     flat = arguments(*given_values)
     names = [argument.name for argument in sparse_ffn._opoverload._schema.arguments]
     named = dict(zip(names, flat, strict=True))
@@ -49,10 +50,13 @@ def test_the_operators_arguments_and_back(offset: float | None, norm: bool, shar
         assert all(named[name] is part for name, part in value._asdict().items())
     back = values(*flat)
     assert all(a is b for a, b in zip(back[1] + back[2], selector + given_values[2], strict=True))
-    assert (back[0] is flat[0], *back[3:]) == (True, "silu", 3)
+    assert (back[0] is flat[0], *back[3:5]) == (True, "silu", 3)
+    assert all(a is b for a, b in zip(back[5].parts, thresholds.parts, strict=True))
     # The dispatcher leaves out defaults at the end.
     for kept in (14, 15):
         assert values(*flat[:kept])[1] == (*selector[: kept - 9], *(False, 0)[kept - 14 :])
+        assert values(*flat[:kept])[5] == EVERYTHING
+    assert values(*flat[:18])[5] == (thresholds.inputs, None)
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -80,7 +84,7 @@ def test_experts_and_neurons(T: int, F: int, S: int) -> None:
 
 
 def test_tau_stays_float32() -> None:
-    module = Float32Tau()
+    module = Float32Buffers()
     module.register_buffer("tau", torch.tensor(0.123456789))
     module.register_buffer("other", torch.tensor(0.123456789))
     for cast in (module.half, module.bfloat16, module.double):

@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors
     from torch_prunepath.layer import Routing
     from torch_prunepath.layer.views import sparse_layers
     from torch_prunepath.ops.cpu.packs import Packs
+    from torch_prunepath.shares import Shares
     from torch_prunepath.sparsity import record_sparsity, register_routing_hook, set_sparsity, set_tau
+    from torch_prunepath.thresholds import set_threshold_shares, set_thresholds
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,7 @@ __all__ = [
     "FFNSpec",
     "Packs",
     "Routing",
+    "Shares",
     "SparsifyConfig",
     "densify",
     "find_ffns",
@@ -44,6 +47,8 @@ __all__ = [
     "register_routing_hook",
     "set_sparsity",
     "set_tau",
+    "set_threshold_shares",
+    "set_thresholds",
     "sparse_layers",
     "sparsify",
 ]
@@ -52,6 +57,7 @@ _HOMES = {
     "FFNSpec": "config",
     "Packs": "ops.cpu.packs",
     "Routing": "layer",
+    "Shares": "shares",
     "SparsifyConfig": "config",
     "densify": "conversion",
     "find_ffns": "discover",
@@ -61,6 +67,8 @@ _HOMES = {
     "register_routing_hook": "sparsity",
     "set_sparsity": "sparsity",
     "set_tau": "sparsity",
+    "set_threshold_shares": "thresholds",
+    "set_thresholds": "thresholds",
     "sparse_layers": "layer.views",
     "sparsify": "conversion",
 }

@@ -1,6 +1,16 @@
-"""Scores and tau -> which experts are active. The one definition that every other implementation is tested against.
+"""Scores and tau -> which experts are active; magnitudes and a threshold -> which entries count inside them.
 
-Shapes: T tokens, E experts.
+The one definition that every other implementation is tested against. Inside an active expert, two thresholds apply, 0
+by default:
+
+- *inputs*: for gate and up (or fc1), channel d of a token counts iff ``|x_d| * c_d >= theta_x``, where ``c_d`` is the
+  norm of column d of [gate; up] over the whole layer (WINA's weight, arXiv 2505.19427). The router reads all of x.
+- *neurons*: for down (or fc2), neuron f counts iff ``|h_f| * ||down_f|| >= theta_h``, where ``h_f`` is its hidden
+  activation, computed from the inputs that count, before its expert's weight multiplies it.
+
+What does not count is taken for 0; biases always count. Each token has its own sets, whatever else is in the batch.
+
+Shapes: T tokens, E experts, N entries of a token's vector (channels or neurons).
 """
 
 from __future__ import annotations
@@ -10,6 +20,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath.config import Rule, check_choice, check_tau
+from torch_prunepath.weights import Threshold
 
 
 def select_experts(scores_TE: Tensor, tau: float | Tensor, rule: Rule = "reach", shared: int = 0) -> Tensor:
@@ -80,3 +91,19 @@ def sigmoid_weights(scores_TE: Tensor, offset: float, shared: int = 0) -> Tensor
     if not shared:
         return torch.sigmoid(scores_TE + offset)
     return nnf.pad(torch.sigmoid(scores_TE[:, shared:] + offset), (shared, 0), value=1.0)
+
+
+def uncounted(values_TN: Tensor, threshold: Threshold) -> Tensor:
+    """Which entries do not count, bool ``[..., N]``: those with ``|value| * norm < theta``, in float32.
+
+    So NaN counts, and shows in the output as it would in the dense model; and theta = 0 lets everything count.
+    """
+    return values_TN.detach().abs().float() * threshold.norm_N < threshold.theta
+
+
+def keep_counted(values_TN: Tensor, threshold: Threshold | None) -> Tensor:
+    """The values with 0 in the place of those that do not count, ``[..., N]``; all of them without a threshold.
+
+    The choice has no gradient; what counts passes its gradient on, what does not gets none.
+    """
+    return values_TN if threshold is None else values_TN.masked_fill(uncounted(values_TN, threshold), 0)

@@ -19,9 +19,10 @@ from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import attach, attached, describe
 from torch_prunepath.layer.sparse import RoutingHook
-from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.layer.views import one_a_layer, sparse_layers
 from torch_prunepath.progress import progress_bar
 from torch_prunepath.search import OutOfReach, find_tau
+from torch_prunepath.shares import ShareCounts, Shares
 
 MIN_TAU = 1e-30
 """Smallest tau of a layer that stays positive in float32; at this mass only the top expert is active."""
@@ -45,19 +46,9 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
             changed.
     """
     layers = sparse_layers(model)
-    if isinstance(tau, Mapping):
-        unknown = [name for name in tau if name not in layers]
-        if unknown:
-            raise ValueError(f"no sparse layer is called {unknown[0]!r}; there are: {', '.join(layers)}")
-        values = {name: check_tau(value) for name, value in tau.items()}
-    elif isinstance(tau, Sequence):
-        if len(tau) != len(layers):
-            raise ValueError(
-                f"{len(tau)} values of tau for {len(layers)} sparse layers: give one a layer, or one number"
-            )
-        values = {name: check_tau(value) for name, value in zip(layers, tau, strict=True)}
-    else:
-        tau = check_tau(tau)
+    values = one_a_layer(layers, tau, check_tau, "tau")
+    if values is None:
+        tau = check_tau(tau)  # type: ignore[arg-type]
         values = {name: layer_tau(tau, layer.budget) for name, layer in layers.items()}
     with torch.no_grad():
         for name, value in values.items():
@@ -129,6 +120,7 @@ class SparsityRecord:
         self._inactive: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
         self._neurons: dict[str, int] = {}
+        self._counts = ShareCounts()
 
     def count(self, noted: Noted, keep_T: Tensor | None) -> None:
         """Add one call's tokens: those where ``keep_T``, bool ``[T]``, is true; all of them if it is None."""
@@ -147,6 +139,21 @@ class SparsityRecord:
         }
 
     @property
+    def shares_per_layer(self) -> dict[str, Shares]:
+        """Shares of experts, inputs, neurons and bytes that each layer read, averaged over the tokens it saw."""
+        return self._counts.per_layer()
+
+    @property
+    def shares(self) -> Shares:
+        """The same averaged over layers, bytes by the layers' sizes.
+
+        Raises:
+            ValueError: if no token ran through the model while recording.
+        """
+        self._check_ran()
+        return self._counts.overall()
+
+    @property
     def tokens(self) -> int:
         """Tokens seen by the layer that saw most; padding left out."""
         return max((int(tokens) for tokens in self._tokens.values()), default=0)
@@ -158,12 +165,15 @@ class SparsityRecord:
         Raises:
             ValueError: if no token ran through the model while recording.
         """
+        self._check_ran()
+        per_layer = self.per_layer
+        return sum(per_layer.values()) / len(per_layer)
+
+    def _check_ran(self) -> None:
         if not self.tokens:
             raise ValueError(
                 "no token ran through the sparse layers while recording: call the model inside the context"
             )
-        per_layer = self.per_layer
-        return sum(per_layer.values()) / len(per_layer)
 
 
 @contextlib.contextmanager
@@ -181,11 +191,12 @@ def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
     """
     layers = {layer.name: layer for layer in sparse_layers(model).values()}
     record = SparsityRecord()
-    with PaddingTracker(model) as tracker:
+    with PaddingTracker(model) as tracker, record._counts.watching(model, tracker.keep) as count_shares:
 
         def count(routing: Routing) -> None:
             noted = Noted.of(routing.name, layers[routing.name], routing.mask_TE)
             record.count(noted, tracker.keep(routing.shape))
+            count_shares(routing)
 
         with register_routing_hook(model, count):
             yield record

@@ -64,6 +64,52 @@ class FFNWeights(NamedTuple):
         return UpWeights(self.up_FD, self.up_bias_F, self.gate_FD, self.gate_bias_F)
 
 
+class Threshold(NamedTuple):
+    """Which entries of a token's vector count: those that are not too small, see ``select.uncounted``.
+
+    Attributes:
+        theta: 0-d float32; 0 lets every entry count.
+        norm_N: float32 ``[N]``, the norm of the weights that each entry is multiplied by.
+    """
+
+    theta: Tensor
+    norm_N: Tensor
+
+    @classmethod
+    def of(cls, theta: Tensor | None, norm_N: Tensor | None) -> Threshold | None:
+        """The threshold of an operator's two arguments, None if it was given none."""
+        return None if theta is None or norm_N is None else cls(theta, norm_N)
+
+
+class Thresholds(NamedTuple):
+    """What an FFN leaves out inside its active experts; None: nothing.
+
+    Attributes:
+        inputs: which channels of a token gate and up (or fc1) read.
+        neurons: which hidden activations down (or fc2) reads.
+    """
+
+    inputs: Threshold | None = None
+    neurons: Threshold | None = None
+
+    @classmethod
+    def of(cls, *parts: Tensor | None) -> Thresholds:
+        """The inverse of :attr:`parts`; parts at the end may be missing."""
+        theta_x, column_norm_D, theta_h, row_norm_F = [*parts, *[None] * 4][:4]
+        return cls(Threshold.of(theta_x, column_norm_D), Threshold.of(theta_h, row_norm_F))
+
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """Theta and norm of inputs, then of neurons, as operators list them."""
+        inputs: tuple[Tensor | None, Tensor | None] = self.inputs or (None, None)
+        neurons: tuple[Tensor | None, Tensor | None] = self.neurons or (None, None)
+        return *inputs, *neurons
+
+
+EVERYTHING = Thresholds()
+"""No thresholds: every input and every neuron counts."""
+
+
 class Selector(NamedTuple):
     """What chooses the experts of a token and weighs their outputs: a router, tau and the rule.
 

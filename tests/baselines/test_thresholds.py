@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from torch_prunepath import find_ffns
 from torch_prunepath.baselines import cats, teal
-from torch_prunepath.baselines.quantiles import POINTS, Quantiles
 from torch_prunepath.baselines.teal_search import Path, greedy_path, matrices, uniform_path
 from torch_prunepath.baselines.top_k import gate_activations
 from torch_prunepath.inputs.data import as_inputs
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.quantiles import POINTS, Quantiles
 
 ALL = {**ARCHITECTURES, **HAND_WRITTEN}
 STRUCTURES = ["llama", "phi3", "gpt2", "bert", "opt", "t5_gated", "albert", "fused_up_first", "gate_second"]
@@ -61,7 +61,7 @@ def test_thresholds_rise_with_the_share(a: float, b: float) -> None:
 
 
 def test_a_sample_of_many_values_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_prunepath.baselines.quantiles.VALUES", 5000)
+    monkeypatch.setattr("torch_prunepath.quantiles.VALUES", 5000)
     values = torch.randn(4096, 64) * torch.arange(1, 65)  # every column another scale
     assert float((values.abs() < Quantiles(values).threshold(0.7)).float().mean()) == pytest.approx(0.7, abs=0.03)
 

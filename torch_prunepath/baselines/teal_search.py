@@ -13,8 +13,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from torch_prunepath.activations import ACTIVATIONS
-from torch_prunepath.baselines.quantiles import Quantiles
 from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.quantiles import Quantiles
 
 STEP = 0.05
 """Share by which one matrix becomes sparser in a step, if all matrices have one size. Chosen without measurement."""

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.activations import ACTIVATIONS
-from torch_prunepath.baselines.quantiles import Quantiles
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, calibration_inputs
 from torch_prunepath.baselines.teal_search import Path, greedy_path, matrices, uniform_path
 from torch_prunepath.baselines.top_k import gate_activations
@@ -34,6 +33,7 @@ from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.progress import progress_bar
+from torch_prunepath.quantiles import Quantiles
 
 Allocation = Literal["greedy", "uniform"]
 

@@ -18,7 +18,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from torch_prunepath import activations, weights
+from torch_prunepath import activations, select, weights
 from torch_prunepath.compile import decoding, graph, inline, passes
 from torch_prunepath.compile.passes import PASSES, run_passes
 from torch_prunepath.ops import experts, linears, operators, sparse_ffn
@@ -29,10 +29,9 @@ DISABLE = "prunepath.disable"
 HOOK = "post_grad_custom_pre_pass"
 """The place in Inductor's configuration where our passes run: on graphs of aten operators, before it fuses them."""
 
-SOURCES = tuple(
-    str(Path(str(module.__file__)))
-    for module in (activations, weights, experts, sparse_ffn, operators, decoding, graph, inline, linears, passes)
-)
+_MODULES = (activations, select, weights, experts, sparse_ffn, operators, decoding, graph, inline, linears, passes)
+
+SOURCES = tuple(str(Path(str(module.__file__))) for module in _MODULES)
 """Files that a compiled graph depends on beside its own operators: the passes, and what they inline."""
 
 # Passes that are told whether a graph is for inference: newer torch only.

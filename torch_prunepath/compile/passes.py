@@ -145,7 +145,9 @@ def _ffn_arguments(down: fx.Node, interior: set[fx.Node]) -> tuple[Any, ...] | N
             return None
     routing = (r["router_ED"], r["router_bias_E"], s["tau"], s["rule"], offset)
     rows = (u["up_FD"], u["up_bias_F"], u["gate_FD"], u["gate_bias_F"], d["down_FD"], d["down_bias_D"])
-    return (u["x_TD"], *routing, *rows, u["activation"], u["expert_size"], r["router_norm"], s["shared"])
+    how = (u["activation"], u["expert_size"], r["router_norm"], s["shared"])
+    thresholds = (u["theta_x"], u["column_norm_D"], d["theta_h"], d["row_norm_F"])
+    return (u["x_TD"], *routing, *rows, *how, *thresholds)
 
 
 def _gate_offset(weights: fx.Node, router: fx.Node, shared: int, interior: set[fx.Node]) -> float | None:

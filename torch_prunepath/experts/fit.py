@@ -24,6 +24,7 @@ from torch_prunepath.ops.experts import expert_sums
 from torch_prunepath.progress import progress_bar
 from torch_prunepath.rms import normalised
 from torch_prunepath.sparsity import register_routing_hook
+from torch_prunepath.thresholds import without_thresholds
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -56,7 +57,8 @@ def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress:
             bar.update()
 
         # Every expert active: hidden states as the dense model has them.
-        with register_routing_hook(model, lambda routing: torch.ones_like(routing.mask_TE)):
+        everything = register_routing_hook(model, lambda routing: torch.ones_like(routing.mask_TE))
+        with everything, without_thresholds(model):
             visit_inputs(model, list(views.values()), inputs, visit)
     with torch.no_grad():
         for name, (weight_ED, bias_E) in fitted.items():

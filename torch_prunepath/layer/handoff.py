@@ -6,8 +6,23 @@ Shapes: T tokens, E experts.
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Chosen(NamedTuple):
+    """What the first half of an FFN tells the second.
+
+    Attributes:
+        mask_TE: the active experts, bool ``[T, E]``.
+        weights_TE: the weights of their outputs, float32 ``[T, E]``; None where all are 1.
+        theta_h: the threshold on neurons, 0-d float32; None where none was ever set.
+    """
+
+    mask_TE: Tensor
+    weights_TE: Tensor | None
+    theta_h: Tensor | None = None
 
 
 class Handoff(threading.local):
@@ -17,14 +32,13 @@ class Handoff(threading.local):
     checkpointing computes a block again, so that the slot of a thread is that of a call.
 
     Attributes:
-        routing: the active experts, bool ``[T, E]``, and the weights of their outputs, float32 ``[T, E]`` or None where
-            all are 1; None between calls.
+        routing: what was chosen; None between calls.
     """
 
     def __init__(self) -> None:
-        self.routing: tuple[Tensor, Tensor | None] | None = None
+        self.routing: Chosen | None = None
 
-    def take(self) -> tuple[Tensor, Tensor | None] | None:
+    def take(self) -> Chosen | None:
         """Empty the slot, and return what was in it."""
         routing, self.routing = self.routing, None
         return routing

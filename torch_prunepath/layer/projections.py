@@ -12,7 +12,8 @@ from torch_prunepath.activations import activate
 from torch_prunepath.layer.ffn import FFNView, bias_of, weight_out_in
 from torch_prunepath.ops.experts import weigh, zero_inactive
 from torch_prunepath.ops.operators import expert_down, expert_up
-from torch_prunepath.weights import UpWeights
+from torch_prunepath.select import keep_counted
+from torch_prunepath.weights import Threshold, UpWeights
 
 
 def is_plain(view: FFNView, *modules: nn.Module | None) -> bool:
@@ -45,15 +46,23 @@ def is_idle(owner: nn.Module, dropout: str | None) -> bool:
     return module is None or not (module.training or is_watched(module))
 
 
-def up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
+def up(
+    view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int, inputs: Threshold | None = None
+) -> Tensor:
     """What goes into the last projection, 0 where experts are inactive: ``[T, D] -> [T, F]``."""
     if is_plain(view, view.up, view.gate):
-        return up_of(x_TD, mask_TE, view.up_weights, activation, size)
-    return up_by_modules(view, x_TD, mask_TE, activation, size)
+        return up_of(x_TD, mask_TE, view.up_weights, activation, size, inputs)
+    return up_by_modules(view, x_TD, mask_TE, activation, size, inputs)
 
 
-def up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
-    """Let the projections compute every neuron, whatever wraps them; then drop what is inactive."""
+def up_by_modules(
+    view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int, inputs: Threshold | None = None
+) -> Tensor:
+    """Let the projections compute every neuron, whatever wraps them; then drop what is inactive.
+
+    What wraps them (LoRA) reads the inputs that count, too.
+    """
+    x_TD = keep_counted(x_TD, inputs)
     up_TF, gate_TF = view.up(x_TD), None
     if view.gate is not None:
         gate_TF = view.gate(x_TD)
@@ -63,34 +72,61 @@ def up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str,
     return zero_inactive(activate(up_TF, gate_TF, activation), mask_TE, size)
 
 
-def up_of(x_TD: Tensor, mask_TE: Tensor, weights: UpWeights, activation: str, size: int) -> Tensor:
+def up_of(
+    x_TD: Tensor, mask_TE: Tensor, weights: UpWeights, activation: str, size: int, inputs: Threshold | None = None
+) -> Tensor:
     """:func:`up` by the operator, from weights that are given."""
+    if inputs is not None and torch.is_autocast_enabled(x_TD.device.type):
+        x_TD, inputs = keep_counted(x_TD, inputs), None  # as they are, not as autocast rounds them
     x, *cast = _autocast(x_TD, *weights)
-    return expert_up(x, mask_TE, *cast, activation, size)
+    return expert_up(x, mask_TE, *cast, activation, size, *(inputs or ()))
 
 
-def down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, size: int) -> Tensor:
+def down(
+    view: FFNView,
+    h_TF: Tensor,
+    mask_TE: Tensor,
+    weights_TE: Tensor | None,
+    size: int,
+    neurons: Threshold | None = None,
+) -> Tensor:
     """The FFN's output, each expert's part times its weight: ``[T, F] -> [T, D]``."""
     if is_plain(view, view.down):
-        return down_of(view.down, h_TF, mask_TE, weights_TE, size)
-    return down_by_modules(view, h_TF, mask_TE, weights_TE, size)
+        return down_of(view.down, h_TF, mask_TE, weights_TE, size, neurons)
+    return down_by_modules(view, h_TF, mask_TE, weights_TE, size, neurons)
 
 
-def down_by_modules(view: FFNView, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, size: int) -> Tensor:
-    """Let the last projection read every neuron: inactive ones are 0."""
-    h_TF = weigh(h_TF, weights_TE, size)
+def down_by_modules(
+    view: FFNView,
+    h_TF: Tensor,
+    mask_TE: Tensor,
+    weights_TE: Tensor | None,
+    size: int,
+    neurons: Threshold | None = None,
+) -> Tensor:
+    """Let the last projection read every neuron: those that are inactive, or do not count, are 0."""
+    h_TF = weigh(keep_counted(h_TF, neurons), weights_TE, size)
     if is_plain(view, view.down) and not torch.is_autocast_enabled(h_TF.device.type):
         h_TF = h_TF.to(weight_out_in(view.down).dtype)  # T5's is float32 whatever the model's
     y_TD: Tensor = view.down(h_TF)
     return y_TD
 
 
-def down_of(module: nn.Module, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, size: int) -> Tensor:
+def down_of(
+    module: nn.Module,
+    h_TF: Tensor,
+    mask_TE: Tensor,
+    weights_TE: Tensor | None,
+    size: int,
+    neurons: Threshold | None = None,
+) -> Tensor:
     """:func:`down` by the operator, of a projection that is given."""
+    if neurons is not None and torch.is_autocast_enabled(h_TF.device.type):
+        h_TF, neurons = keep_counted(h_TF, neurons), None  # as they are, not as autocast rounds them
     h, weight_DF, bias_D = _autocast(h_TF, weight_out_in(module), bias_of(module))
     assert h is not None and weight_DF is not None
     # T5 keeps its last projection in float32 whatever the model's dtype.
-    return expert_down(h.to(weight_DF.dtype), mask_TE, weights_TE, weight_DF.t(), bias_D, size)
+    return expert_down(h.to(weight_DF.dtype), mask_TE, weights_TE, weight_DF.t(), bias_D, size, *(neurons or ()))
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -45,8 +45,27 @@ def router_scores_reference(
     return torch.stack(rows) if rows else x_TD.new_zeros(0, len(router_ED), dtype=torch.float64)
 
 
+def norms_reference(view: FFNView) -> tuple[Tensor, Tensor]:
+    """Norms of the columns of [gate; up], ``[D]``, and of the rows of down, ``[F]``: float64."""
+    gate_FD = view.up_FD[:0] if view.gate_FD is None else view.gate_FD
+    first = torch.cat([gate_FD, view.up_FD]).double()
+    return first.square().sum(0).sqrt(), view.down_FD.double().square().sum(1).sqrt()
+
+
+def count_reference(values_N: Tensor, norms_N: Tensor, theta: float) -> list[bool]:
+    """Which entries of one token's vector count, one by one, from the definition."""
+    pairs = zip(values_N.tolist(), norms_N.tolist(), strict=True)
+    return [theta == 0 or value != value or abs(value) * norm >= theta for value, norm in pairs]
+
+
 def sparse_ffn_reference(
-    view: FFNView, x_TD: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, expert_size: int
+    view: FFNView,
+    x_TD: Tensor,
+    mask_TE: Tensor,
+    weights_TE: Tensor | None,
+    expert_size: int,
+    theta_x: float = 0.0,
+    theta_h: float = 0.0,
 ) -> Tensor:
     """Sum over the active experts, ``y_t = sum_e w_te * FFN_e(x_t)``, plus the down-projection's bias once.
 
@@ -56,6 +75,8 @@ def sparse_ffn_reference(
         mask_TE: bool ``[T, E]``.
         weights_TE: weights of the experts' outputs ``[T, E]``, or None for 1.
         expert_size: S.
+        theta_x: threshold on inputs, see :mod:`torch_prunepath.select`.
+        theta_h: threshold on neurons.
 
     Returns:
         ``[T, D]`` in the dtype of ``x_TD``.
@@ -69,9 +90,11 @@ def sparse_ffn_reference(
     def affine(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         return weight @ x if bias is None else weight @ x + bias
 
+    column_norm_D, row_norm_F = norms_reference(view)
     outputs = []
     for t in range(x_TD.shape[0]):
         y = torch.zeros_like(x_TD[t]) if view.down_bias_D is None else view.down_bias_D.to(dtype).clone()
+        x = torch.where(torch.tensor(count_reference(x_TD[t], column_norm_D, theta_x)), x_TD[t], 0)
         for e in range(num_experts(ffn_size, expert_size)):
             if not mask_TE[t, e]:
                 continue
@@ -80,8 +103,9 @@ def sparse_ffn_reference(
             down = rows(view.down_FD, start, stop)
             gate = rows(view.gate_FD, start, stop)
             assert up is not None and down is not None
-            h = affine(up, rows(view.up_bias_F, start, stop), x_TD[t])
-            h = act(h) if gate is None else act(affine(gate, rows(view.gate_bias_F, start, stop), x_TD[t])) * h
+            h = affine(up, rows(view.up_bias_F, start, stop), x)
+            h = act(h) if gate is None else act(affine(gate, rows(view.gate_bias_F, start, stop), x)) * h
+            h = torch.where(torch.tensor(count_reference(h, row_norm_F[start:stop], theta_h)), h, 0)
             expert = h @ down
             y = y + (expert if weights_TE is None else weights_TE[t, e].to(dtype) * expert)
         outputs.append(y)

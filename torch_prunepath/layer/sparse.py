@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
 from torch_prunepath.layer.ffn import FFNView, bias_of, site_name, weight_out_in
-from torch_prunepath.layer.handoff import Handoff
+from torch_prunepath.layer.handoff import Chosen, Handoff
+from torch_prunepath.layer.norms import KeepsNorms, column_norms, row_norms
 from torch_prunepath.layer.projections import (
     down,
     down_by_modules,
@@ -34,13 +35,13 @@ from torch_prunepath.layer.projections import (
     up_of,
 )
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.tau import Float32Tau
 from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.cpu.packs import Packs
+from torch_prunepath.ops.experts import expand_experts
 from torch_prunepath.ops.operators import select_experts
 from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn
 from torch_prunepath.select import sigmoid_weights
-from torch_prunepath.weights import Selector, UpWeights
+from torch_prunepath.weights import EVERYTHING, Selector, Threshold, Thresholds, UpWeights
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,32 @@ class Routing:
 
 RoutingHook = Callable[[Routing], Tensor | None]
 
+
+@dataclass(frozen=True)
+class Neurons:
+    """What one layer's neurons answered in one call, before their threshold; given to neuron hooks.
+
+    Attributes:
+        name: qualified name of the sparse layer.
+        h_TF: hidden activations, before their experts' weights.
+        active_TF: bool, those of active experts.
+        threshold: which of them count.
+        shape: the activations' leading dimensions, usually (batch, sequence); their product is T.
+    """
+
+    name: str
+    h_TF: Tensor
+    active_TF: Tensor
+    threshold: Threshold
+    shape: tuple[int, ...]
+
+
+NeuronHook = Callable[[Neurons], None]
+"""Watches the neurons of a layer that has a threshold on them."""
+
+Norms = Mapping[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]
+"""Norms by name: the function that computes each, and the weights that it is computed of."""
+
 SelectionRule = Callable[[Tensor, Tensor], Tensor]
 """A function ``(scores_TE, tau) -> mask_TE`` of tensor operations alone: torch.compile traces it, once for all."""
 
@@ -104,8 +131,11 @@ class Swapped(nn.Module):
         return _blank, (dense, kind), self.__dict__.copy()
 
 
-class RoutedExperts(Float32Tau, Swapped):
-    """What every sparse layer has: a router, tau, the permutation of its neurons, and routing hooks.
+class RoutedExperts(KeepsNorms, Swapped):
+    """What every sparse layer has: a router, tau, thresholds, the permutation of its neurons, and hooks.
+
+    ``theta_x`` and ``theta_h`` are the thresholds on inputs and on neurons, see :mod:`torch_prunepath.select`; without
+    norms (``has_norms``) nobody has set them yet, and nothing is compared with them.
 
     Never built by itself: :func:`torch_prunepath.layer.swap.make_routed` mixes it into the class of an existing module.
     """
@@ -114,10 +144,21 @@ class RoutedExperts(Float32Tau, Swapped):
     experts: ExpertsSpec
     router: Router
     permutation: Tensor
+    tau: Tensor
+    theta_x: Tensor
+    theta_h: Tensor
     budget: float
     routing_hooks: OrderedDict[int, RoutingHook]
     recorders: tuple[Recorder, ...] = ()
+    neuron_hooks: tuple[NeuronHook, ...] = ()
     selection: SelectionRule | None = None  # in the place of experts.rule
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Models that were pickled before there were thresholds.
+        for name in ("theta_x", "theta_h"):
+            if "tau" in self._buffers and name not in self._buffers:
+                self.register_buffer(name, torch.zeros_like(self.tau), persistent=False)
 
     @property
     def name(self) -> str:
@@ -151,6 +192,11 @@ class RoutedExperts(Float32Tau, Swapped):
         if experts.gate == "one":
             return mask_TE, None
         return mask_TE, sigmoid_weights(scores_TE, experts.gate_offset, experts.shared)
+
+    @property
+    def inputs_threshold(self) -> Threshold | None:
+        """Which inputs count; None where no threshold was ever set."""
+        return Threshold(self.theta_x, self.norm("column_norm_D")) if self.has_norms else None
 
     def routed(self, values_TE: Tensor) -> Tensor:
         """Leave out the columns of shared experts, among which the router does not choose."""
@@ -188,6 +234,7 @@ def _checked_mask(name: str, replaced: Tensor, mask_TE: Tensor) -> Tensor:
 class SparseFFN(RoutedExperts):
     """A whole FFN that computes only the experts its router chooses."""
 
+    row_norm_F: Tensor
     projection_types: tuple[type, ...]  # of the modules that discovery found to compute a linear layer
     packs: Packs | None = None  # a user may give one
 
@@ -202,13 +249,31 @@ class SparseFFN(RoutedExperts):
         # In training, what the operators would compute again for the gradient is kept, as in a dense model.
         apart = not (self.training and torch.is_grad_enabled())
         run_up, run_down = (up, down) if apart else (up_by_modules, down_by_modules)
-        h_TF = run_up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size)
+        inputs, neurons = self.thresholds
+        h_TF = run_up(view, x_TD, mask_TE, self.ffn.activation, self.experts.expert_size, inputs)
         if self.ffn.hidden_dropout is not None:
             h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
-        y_TD = run_down(view, h_TF, mask_TE, weights_TE, self.experts.expert_size)
+        if neurons is not None:
+            for hook in self.neuron_hooks:
+                active_TF = expand_experts(mask_TE, self.experts.expert_size, self.ffn.ffn_size)
+                hook(Neurons(self.name, h_TF, active_TF, neurons, shape[:-1]))
+        y_TD = run_down(view, h_TF, mask_TE, weights_TE, self.experts.expert_size, neurons)
         if self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Which inputs and neurons count; all where no threshold was ever set."""
+        if not self.has_norms:
+            return EVERYTHING
+        return Thresholds(self.inputs_threshold, Threshold(self.theta_h, self.norm("row_norm_F")))
+
+    def weights_with_norms(self) -> Norms:
+        """What thresholds compare with: norms of columns of [gate; up], and of down's rows."""
+        view = FFNView.of_owner(self, self.ffn)
+        first = [weight_out_in(module) for module in (view.up, view.gate) if module is not None]
+        return {"column_norm_D": (column_norms, tuple(first)), "row_norm_F": (row_norms, (view.down_FD,))}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if self.packs is not None:
@@ -221,6 +286,7 @@ class SparseFFN(RoutedExperts):
             not torch.is_grad_enabled()
             and not self.training
             and not self.recorders
+            and not self.neuron_hooks
             and self.selection is None
             and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
@@ -237,9 +303,11 @@ class SparseFFN(RoutedExperts):
         selector = Selector(
             router.weight, router.bias, self.tau, experts.rule, offset, router.router_norm, experts.shared
         )
-        ffn = (x_TD, selector, view.weights, self.ffn.activation, experts.expert_size)
+        ffn = (x_TD, selector, view.weights, self.ffn.activation, experts.expert_size, self.thresholds)
         # The operator's dispatch costs as much as a small layer's projection.
-        return cpu.sparse_ffn(*ffn, self.packs) if runs_here_and_now(x_TD) else sparse_ffn(*arguments(*ffn))
+        if runs_here_and_now(x_TD):
+            return cpu.sparse_ffn(*ffn, self.packs)
+        return sparse_ffn(*arguments(*ffn))
 
 
 class SparseUp(RoutedExperts):
@@ -251,7 +319,8 @@ class SparseUp(RoutedExperts):
         """Output of fc1: ``[..., D] -> [..., F]``, or ``[..., 2F]`` if gate and up are fused."""
         shape = x.shape
         x_TD = x.reshape(-1, shape[-1])
-        self.handoff.routing = mask_TE, _ = self.route(x_TD, shape[:-1])
+        mask_TE, weights_TE = self.route(x_TD, shape[:-1])
+        self.handoff.routing = Chosen(mask_TE, weights_TE, self.theta_h if self.has_norms else None)
         rows, bias = weight_out_in(self), bias_of(self)
         # Fused gate and up: two FFN widths under one mask.
         halves = [(rows, bias)]
@@ -259,23 +328,41 @@ class SparseUp(RoutedExperts):
             biases = (None, None) if bias is None else bias.chunk(2)
             halves = list(zip(rows.chunk(2), biases, strict=True))
         size = self.experts.expert_size
-        h = torch.cat([up_of(x_TD, mask_TE, UpWeights(w, b), "none", size) for w, b in halves], dim=-1)
+        inputs = self.inputs_threshold
+        h = torch.cat([up_of(x_TD, mask_TE, UpWeights(w, b), "none", size, inputs) for w, b in halves], dim=-1)
         return h.reshape(*shape[:-1], h.shape[-1])
 
+    def weights_with_norms(self) -> Norms:
+        """What the threshold on inputs compares with: norms of columns of fc1, gate included if it is fused."""
+        return {"column_norm_D": (column_norms, (weight_out_in(self),))}
 
-class SparseDown(Swapped):
+
+class SparseDown(KeepsNorms, Swapped):
     """fc2 of an FFN whose two layers a model calls apart."""
 
+    row_norm_F: Tensor
     handoff: Handoff
     expert_size: int
+    name: str = ""  # of the FFN's fc1, once neuron hooks ask for it
+    neuron_hooks: tuple[NeuronHook, ...] = ()
 
     def forward(self, h: Tensor) -> Tensor:
         """Output of fc2: ``[..., F] -> [..., D]``."""
         routing = self.handoff.take()
         assert routing is not None, "fc2 was called before its fc1"
-        mask_TE, weights_TE = routing
-        y_TD = down_of(self, h.reshape(-1, h.shape[-1]), mask_TE, weights_TE, self.expert_size)
+        mask_TE, weights_TE, theta_h = routing
+        h_TF, neurons = h.reshape(-1, h.shape[-1]), None
+        if theta_h is not None:
+            neurons = Threshold(theta_h, self.norm("row_norm_F"))
+            for hook in self.neuron_hooks:
+                active_TF = expand_experts(mask_TE, self.expert_size, h_TF.shape[1])
+                hook(Neurons(self.name, h_TF, active_TF, neurons, h.shape[:-1]))
+        y_TD = down_of(self, h_TF, mask_TE, weights_TE, self.expert_size, neurons)
         return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
+
+    def weights_with_norms(self) -> Norms:
+        """What the threshold on neurons compares with: norms of the rows of fc2."""
+        return {"row_norm_F": (row_norms, (weight_out_in(self).t(),))}
 
 
 # --- swapping classes -------------------------------------------------------------------------------------------------

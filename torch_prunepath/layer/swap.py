@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts, SparseFFN, is_sparse
 from torch_prunepath.layer.ffn import FFNView, weight_out_in
 from torch_prunepath.layer.handoff import Handoff
+from torch_prunepath.layer.norms import forget_norms
 from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.sparse import SparseDown, SparseUp, bases_of, sparse_class
 
@@ -40,6 +41,8 @@ def make_routed(
     site.ffn, site.experts, site.budget, site.routing_hooks = spec, experts, budget, OrderedDict()
     site.router = router
     site.register_buffer("tau", torch.tensor(tau, dtype=torch.float32, device=device), persistent=False)
+    for theta in ("theta_x", "theta_h"):
+        site.register_buffer(theta, torch.zeros((), dtype=torch.float32, device=device), persistent=False)
     site.register_buffer("permutation", order_F.to(device=device, dtype=torch.int32))
     if isinstance(site, SparseFFN):
         site.projection_types = tuple(
@@ -95,10 +98,10 @@ def make_all_routed(swaps: Sequence[Swap]) -> None:
 
 # What make_routed and its users put into a module, and make_dense takes out again.
 _ROUTED_STATE = (
-    "router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "recorders", "selection",
-    "projection_types", "packs", "handoff",
+    "router", "tau", "theta_x", "theta_h", "permutation", "ffn", "experts", "budget", "routing_hooks", "recorders",
+    "neuron_hooks", "selection", "projection_types", "packs", "handoff",
 )  # fmt: skip
-_DOWN_STATE = ("handoff", "expert_size")
+_DOWN_STATE = ("handoff", "expert_size", "neuron_hooks", "name")
 
 
 def make_dense(view: FFNView) -> None:
@@ -110,5 +113,6 @@ def make_dense(view: FFNView) -> None:
         for name in names:
             for holder in (module._modules, module._buffers, module.__dict__):
                 holder.pop(name, None)
-        module._non_persistent_buffers_set.discard("tau")
+        forget_norms(module)
+        module._non_persistent_buffers_set.difference_update(names)
         module.__class__ = bases_of(type(module))[0]

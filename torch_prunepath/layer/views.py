@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.sparse import SparseDown
 
 
 def sparse_layers(model: nn.Module) -> dict[str, RoutedExperts]:
@@ -47,6 +51,49 @@ def spec_here(name: str, layer: RoutedExperts) -> FFNSpec:
     if not found or inside[:1] not in ("", "."):
         raise ValueError(f"{name}: a module was put between it and the FFN that it is a part of: take that off first")
     return dataclasses.replace(spec, name=owner.removeprefix("."), up=spec.up + inside)
+
+
+def one_a_layer(
+    layers: Mapping[str, Any], value: Any, check: Callable[[Any], float], of: str
+) -> dict[str, float] | None:
+    """Values for layers by name, from a mapping or from a sequence with one a layer; None if it is neither.
+
+    Args:
+        layers: the model's sparse layers.
+        value: what a user gave.
+        check: returns a value as a float, or raises ValueError.
+        of: what the values are, for messages.
+
+    Raises:
+        ValueError: if a value is wrong, a sequence's length is wrong or a name is unknown.
+    """
+    if isinstance(value, Mapping):
+        unknown = [name for name in value if name not in layers]
+        if unknown:
+            raise ValueError(f"no sparse layer is called {unknown[0]!r}; there are: {', '.join(layers)}")
+        return {name: check(one) for name, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != len(layers):
+            raise ValueError(
+                f"{len(value)} values of {of} for {len(layers)} sparse layers: give one a layer, or one number"
+            )
+        return {name: check(one) for name, one in zip(layers, value, strict=True)}
+    return None
+
+
+def norm_keepers(layer: RoutedExperts, view: FFNView) -> list[RoutedExperts | SparseDown]:
+    """The modules that keep the norms of one FFN: its sparse layer, and the other half of one that is split."""
+    return [layer, view.down] if isinstance(view.down, SparseDown) else [layer]
+
+
+@torch.no_grad()
+def write_thresholds(layer: RoutedExperts, view: FFNView, theta_x: float | None, theta_h: float | None) -> None:
+    """Set the thresholds of one sparse layer, whose norms can be computed; None leaves one as it is."""
+    for keeper in norm_keepers(layer, view):
+        keeper.keep_norms()
+    for theta, value in ((layer.theta_x, theta_x), (layer.theta_h, theta_h)):
+        if value is not None:
+            theta.fill_(value)
 
 
 def _innermost(owner: nn.Module, part: str) -> str:

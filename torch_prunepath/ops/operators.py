@@ -25,8 +25,8 @@ from torch_prunepath.activations import ACTIVATION_BACKWARDS, ACTIVATIONS, activ
 from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.experts import expand_experts, expert_sums, weigh, zero_inactive
 from torch_prunepath.rms import inverse_rms
-from torch_prunepath.select import mask_from_scores
-from torch_prunepath.weights import UpWeights
+from torch_prunepath.select import keep_counted, mask_from_scores, uncounted
+from torch_prunepath.weights import Threshold, UpWeights
 
 __all__ = [
     "expand_experts",
@@ -144,6 +144,8 @@ def expert_up(
     gate_bias_F: Tensor | None,
     activation: str,
     expert_size: int,
+    theta_x: Tensor | None = None,
+    column_norm_D: Tensor | None = None,
 ) -> Tensor:
     """Hidden activations of the active experts, exactly 0 elsewhere.
 
@@ -158,18 +160,26 @@ def expert_up(
         gate_bias_F: ``[F]`` or None.
         activation: key of ``ACTIVATIONS``; or, in a plain FFN, ``"none"``.
         expert_size: S.
+        theta_x: 0-d float32, or None: 0. Channels with ``|x_d| * column_norm_d < theta_x`` are taken for 0.
+        column_norm_D: float32 ``[D]``; None where ``theta_x`` is.
 
     Returns:
         ``[T, F]`` in the dtype of ``x_TD``.
     """
     weights = UpWeights(up_FD, up_bias_F, gate_FD, gate_bias_F)
+    x_TD = keep_counted(x_TD, Threshold.of(theta_x, column_norm_D))
     return zero_inactive(activate(*weights.project(x_TD), activation), mask_TE, expert_size)
 
 
 def _up_values(x_TD: Tensor, mask_TE: Tensor, *rest: Any) -> tuple[Any, ...]:
     """The arguments of ``expert_up`` as its implementations take them."""
-    *weights, activation, expert_size = rest
-    return x_TD, mask_TE, UpWeights(*weights), activation, expert_size
+    weights, (activation, expert_size, *inputs) = rest[:4], rest[4:]
+    return x_TD, mask_TE, UpWeights(*weights), activation, expert_size, Threshold.of(*inputs or (None, None))
+
+
+def _down_values(*args: Any) -> tuple[Any, ...]:
+    """The arguments of ``expert_down`` as its implementations take them."""
+    return *args[:6], Threshold.of(*args[6:] or (None, None))
 
 
 @expert_up.register_kernel("cpu")
@@ -178,7 +188,7 @@ def _(*args: Any) -> Tensor:
 
 
 @expert_up.register_fake
-def _(x_TD, mask_TE, up_FD, up_bias_F, gate_FD, gate_bias_F, activation, expert_size):  # type: ignore[no-untyped-def]
+def _(x_TD, mask_TE, up_FD, *rest):  # type: ignore[no-untyped-def]
     return x_TD.new_empty(x_TD.shape[0], up_FD.shape[0])
 
 
@@ -194,8 +204,12 @@ def expert_up_backward(
     activation: str,
     expert_size: int,
     needs: list[bool],
+    theta_x: Tensor | None = None,
+    column_norm_D: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of x, up, up bias, gate, gate bias, in this order; those not in ``needs`` are empty tensors."""
+    inputs, all_x_TD = Threshold.of(theta_x, column_norm_D), x_TD
+    x_TD = keep_counted(x_TD, inputs)
     grad_TF = zero_inactive(grad_TF, mask_TE, expert_size)
     grad_up, grad_gate = grad_TF, None
     if activation != "none":
@@ -211,6 +225,8 @@ def expert_up_backward(
         grads[0] = grad_up @ up_FD
         if gate_FD is not None and grad_gate is not None:
             grads[0] += grad_gate @ gate_FD
+        if inputs is not None:
+            grads[0] = grads[0].masked_fill(uncounted(all_x_TD, inputs), 0)
     for place, grad in ((1, grad_up), (3, grad_gate)):
         if grad is not None and needs[place]:
             grads[place] = grad.t() @ x_TD
@@ -220,7 +236,7 @@ def expert_up_backward(
 
 
 @expert_up_backward.register_fake
-def _(grad_TF, x_TD, mask_TE, up_FD, up_bias_F, gate_FD, gate_bias_F, activation, expert_size, needs):  # type: ignore[no-untyped-def]
+def _(grad_TF, x_TD, mask_TE, up_FD, up_bias_F, gate_FD, gate_bias_F, activation, expert_size, needs, *inputs):  # type: ignore[no-untyped-def]
     inputs = (x_TD, up_FD, up_bias_F, gate_FD, gate_bias_F)
     return [
         x_TD.new_empty(like.shape) if need and like is not None else x_TD.new_empty(0)
@@ -229,15 +245,17 @@ def _(grad_TF, x_TD, mask_TE, up_FD, up_bias_F, gate_FD, gate_bias_F, activation
 
 
 def _expert_up_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.activation, ctx.expert_size = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.activation, ctx.expert_size, theta_x, column_norm_D = inputs
+    ctx.save_for_backward(*tensors, theta_x, column_norm_D)
 
 
 def _expert_up_autograd(ctx, grad_TF):  # type: ignore[no-untyped-def]
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]
-    grads = expert_up_backward(grad_TF, *ctx.saved_tensors, ctx.activation, ctx.expert_size, needs)
+    *tensors, theta_x, column_norm_D = ctx.saved_tensors
+    how = (ctx.activation, ctx.expert_size, needs, theta_x, column_norm_D)
+    grads = expert_up_backward(grad_TF, *tensors, *how)
     x, up, up_bias, gate, gate_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return x, None, up, up_bias, gate, gate_bias, None, None
+    return x, None, up, up_bias, gate, gate_bias, None, None, None, None
 
 
 expert_up.register_autograd(_expert_up_autograd, setup_context=_expert_up_setup)
@@ -254,6 +272,8 @@ def expert_down(
     down_FD: Tensor,
     down_bias_D: Tensor | None,
     expert_size: int,
+    theta_h: Tensor | None = None,
+    row_norm_F: Tensor | None = None,
 ) -> Tensor:
     """Sum over the active experts of ``w_e * (h_e @ down_e)``, plus the bias once.
 
@@ -265,19 +285,23 @@ def expert_down(
         down_FD: rows ``[F, D]`` in the dtype of ``h_TF``, any strides.
         down_bias_D: ``[D]`` or None.
         expert_size: S.
+        theta_h: 0-d float32, or None: 0. Neurons with ``|h_f| * row_norm_f < theta_h`` add nothing.
+        row_norm_F: float32 ``[F]``; None where ``theta_h`` is.
 
     Returns:
         ``[T, D]`` in the dtype of ``h_TF``.
     """
-    h_TF = weigh(zero_inactive(h_TF, mask_TE, expert_size), weights_TE, expert_size)
-    return nnf.linear(h_TF, down_FD.t(), down_bias_D)
+    h_TF = keep_counted(zero_inactive(h_TF, mask_TE, expert_size), Threshold.of(theta_h, row_norm_F))
+    return nnf.linear(weigh(h_TF, weights_TE, expert_size), down_FD.t(), down_bias_D)
 
 
-expert_down.register_kernel("cpu")(cpu.expert_down)
+@expert_down.register_kernel("cpu")
+def _(*args: Any) -> Tensor:
+    return cpu.expert_down(*_down_values(*args))
 
 
 @expert_down.register_fake
-def _(h_TF, mask_TE, weights_TE, down_FD, down_bias_D, expert_size):  # type: ignore[no-untyped-def]
+def _(h_TF, mask_TE, weights_TE, down_FD, *rest):  # type: ignore[no-untyped-def]
     return h_TF.new_empty(h_TF.shape[0], down_FD.shape[1])
 
 
@@ -290,25 +314,32 @@ def expert_down_backward(
     down_FD: Tensor,
     expert_size: int,
     needs: list[bool],
+    theta_h: Tensor | None = None,
+    row_norm_F: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of h, weights, down and its bias, in this order; those not in ``needs`` are empty tensors."""
+    neurons = Threshold.of(theta_h, row_norm_F)
+
+    def counted(values_TF: Tensor) -> Tensor:
+        values_TF = zero_inactive(values_TF, mask_TE, expert_size)
+        return values_TF if neurons is None else values_TF.masked_fill(uncounted(h_TF, neurons), 0)
+
     grads = [h_TF.new_empty(0) for _ in range(4)]
     if needs[0] or needs[1]:
         through_TF = grad_TD @ down_FD.t()
         if needs[0]:
-            grads[0] = weigh(zero_inactive(through_TF, mask_TE, expert_size), weights_TE, expert_size)
+            grads[0] = weigh(counted(through_TF), weights_TE, expert_size)
         if needs[1] and weights_TE is not None:
-            products_TF = zero_inactive(through_TF * h_TF, mask_TE, expert_size)
-            grads[1] = expert_sums(products_TF, expert_size).to(weights_TE.dtype)
+            grads[1] = expert_sums(counted(through_TF * h_TF), expert_size).to(weights_TE.dtype)
     if needs[2]:
-        grads[2] = weigh(zero_inactive(h_TF, mask_TE, expert_size), weights_TE, expert_size).t() @ grad_TD
+        grads[2] = weigh(counted(h_TF), weights_TE, expert_size).t() @ grad_TD
     if needs[3]:
         grads[3] = grad_TD.sum(0)
     return grads
 
 
 @expert_down_backward.register_fake
-def _(grad_TD, h_TF, mask_TE, weights_TE, down_FD, expert_size, needs):  # type: ignore[no-untyped-def]
+def _(grad_TD, h_TF, mask_TE, weights_TE, down_FD, expert_size, needs, *neurons):  # type: ignore[no-untyped-def]
     grads = [h_TF.new_empty(0) for _ in range(4)]
     if needs[0]:
         grads[0] = h_TF.new_empty(h_TF.shape)
@@ -322,15 +353,16 @@ def _(grad_TD, h_TF, mask_TE, weights_TE, down_FD, expert_size, needs):  # type:
 
 
 def _expert_down_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    h_TF, mask_TE, weights_TE, down_FD, _, ctx.expert_size = inputs
-    ctx.save_for_backward(h_TF, mask_TE, weights_TE, down_FD)
+    h_TF, mask_TE, weights_TE, down_FD, _, ctx.expert_size, theta_h, row_norm_F = inputs
+    ctx.save_for_backward(h_TF, mask_TE, weights_TE, down_FD, theta_h, row_norm_F)
 
 
 def _expert_down_autograd(ctx, grad_TD):  # type: ignore[no-untyped-def]
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
-    grads = expert_down_backward(grad_TD, *ctx.saved_tensors, ctx.expert_size, needs)
+    *tensors, theta_h, row_norm_F = ctx.saved_tensors
+    grads = expert_down_backward(grad_TD, *tensors, ctx.expert_size, needs, theta_h, row_norm_F)
     h, weights, down, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return h, None, weights, down, bias, None
+    return h, None, weights, down, bias, None, None, None
 
 
 expert_down.register_autograd(_expert_down_autograd, setup_context=_expert_down_setup)
@@ -364,4 +396,4 @@ def register_cuda(op: Any, name: str, values: Callable[..., tuple[Any, ...]] = l
 register_cuda(router_scores, "router_scores")
 register_cuda(select_experts, "select_experts")
 register_cuda(expert_up, "expert_up", _up_values)
-register_cuda(expert_down, "expert_down")
+register_cuda(expert_down, "expert_down", _down_values)

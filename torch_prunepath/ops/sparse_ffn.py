@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.operators import expert_down, expert_up, register_cuda, router_scores, select_experts
 from torch_prunepath.select import sigmoid_weights
-from torch_prunepath.weights import FFNWeights, Selector
+from torch_prunepath.weights import EVERYTHING, FFNWeights, Selector, Thresholds
 
 
 @torch.library.custom_op("prunepath::sparse_ffn", mutates_args=())
@@ -34,6 +34,10 @@ def sparse_ffn(
     expert_size: int,
     router_norm: bool = False,
     shared: int = 0,
+    theta_x: Tensor | None = None,
+    column_norm_D: Tensor | None = None,
+    theta_h: Tensor | None = None,
+    row_norm_F: Tensor | None = None,
 ) -> Tensor:
     """Sum over the active experts of ``w_e * FFN_e(x)``, plus the bias of down once.
 
@@ -57,6 +61,10 @@ def sparse_ffn(
         expert_size: S.
         router_norm: whether the router reads ``x`` divided by its root mean square.
         shared: the first so many experts are active whatever their scores, with weight 1.
+        theta_x: as for ``expert_up``.
+        column_norm_D: as for ``expert_up``.
+        theta_h: as for ``expert_down``.
+        row_norm_F: as for ``expert_down``.
 
     Returns:
         ``[T, D]`` in the dtype of ``x_TD``.
@@ -64,22 +72,30 @@ def sparse_ffn(
     scores_TE = router_scores(x_TD, router_ED, router_bias_E, router_norm)
     mask_TE = select_experts(scores_TE, tau, rule, shared)
     weights_TE = None if gate_offset is None else sigmoid_weights(scores_TE, gate_offset, shared)
-    h_TF = expert_up(x_TD, mask_TE, up_FD, up_bias_F, gate_FD, gate_bias_F, activation, expert_size)
-    return expert_down(h_TF, mask_TE, weights_TE, down_FD, down_bias_D, expert_size)
+    up = (up_FD, up_bias_F, gate_FD, gate_bias_F)
+    h_TF = expert_up(x_TD, mask_TE, *up, activation, expert_size, theta_x, column_norm_D)
+    return expert_down(h_TF, mask_TE, weights_TE, down_FD, down_bias_D, expert_size, theta_h, row_norm_F)
 
 
 def arguments(
-    x_TD: Tensor, selector: Selector, weights: FFNWeights, activation: str, expert_size: int
+    x_TD: Tensor,
+    selector: Selector,
+    weights: FFNWeights,
+    activation: str,
+    expert_size: int,
+    thresholds: Thresholds = EVERYTHING,
 ) -> tuple[Any, ...]:
     """The arguments of the operator, in its order, from values."""
     *chosen_by, router_norm, shared = selector
-    return x_TD, *chosen_by, *weights, activation, expert_size, router_norm, shared
+    how = (activation, expert_size, router_norm, shared)
+    return x_TD, *chosen_by, *weights, *how, *thresholds.parts
 
 
-def values(*args: Any) -> tuple[Tensor, Selector, FFNWeights, str, int]:
+def values(*args: Any) -> tuple[Tensor, Selector, FFNWeights, str, int, Thresholds]:
     """The inverse of :func:`arguments`: what implementations take. Arguments that have a default may be missing."""
     x_TD, chosen_by, weights, (activation, expert_size, *how) = args[0], args[1:6], args[6:12], args[12:]
-    return x_TD, Selector(*chosen_by, *how), FFNWeights(*weights), activation, expert_size
+    selector = Selector(*chosen_by, *how[:2])
+    return x_TD, selector, FFNWeights(*weights), activation, expert_size, Thresholds.of(*how[2:])
 
 
 @sparse_ffn.register_kernel("cpu")

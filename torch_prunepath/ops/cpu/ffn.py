@@ -20,8 +20,8 @@ from torch_prunepath.ops.cpu.packs import linear as packed_linear
 from torch_prunepath.ops.cpu.router import router_scores as router_scores
 from torch_prunepath.ops.cpu.select import active_experts
 from torch_prunepath.ops.cpu.select import select_experts as select_experts
-from torch_prunepath.select import sigmoid_weights
-from torch_prunepath.weights import FFNWeights, Selector, UpWeights
+from torch_prunepath.select import keep_counted, sigmoid_weights
+from torch_prunepath.weights import EVERYTHING, FFNWeights, Selector, Threshold, Thresholds, UpWeights
 
 # --- how --------------------------------------------------------------------------------------------------------------
 
@@ -81,9 +81,16 @@ def _dots_pay(neurons: int, tokens: int, weights: FFNWeights | UpWeights, packed
 # --- halves -----------------------------------------------------------------------------------------------------------
 
 
-def expert_up(x_TD: Tensor, mask_TE: Tensor, weights: UpWeights, activation: str, expert_size: int) -> Tensor:
+def expert_up(
+    x_TD: Tensor,
+    mask_TE: Tensor,
+    weights: UpWeights,
+    activation: str,
+    expert_size: int,
+    inputs: Threshold | None = None,
+) -> Tensor:
     """Hidden activations of active experts, as :func:`torch_prunepath.ops.expert_up`."""
-    active = int(mask_TE.sum())
+    active, x_TD = int(mask_TE.sum()), keep_counted(x_TD, inputs)
     if _dots_pay(active * expert_size, len(x_TD), weights):
         return _gathered_up(x_TD, mask_TE, weights, activation, expert_size)
     h_TF = _dense_up(x_TD, weights, activation)
@@ -97,12 +104,15 @@ def expert_down(
     down_FD: Tensor,
     down_bias_D: Tensor | None,
     expert_size: int,
+    neurons: Threshold | None = None,
 ) -> Tensor:
     """Sum of the active experts' outputs, as :func:`torch_prunepath.ops.expert_down`."""
     active = int(mask_TE.sum())
     if rows.sums_pay(active * expert_size, len(h_TF), down_FD):
-        return _gathered_down(h_TF, mask_TE, weights_TE, down_FD, down_bias_D, expert_size)
-    if active < mask_TE.numel():
+        return _gathered_down(h_TF, mask_TE, weights_TE, down_FD, down_bias_D, expert_size, neurons)
+    if neurons is not None:
+        h_TF = dense.mask_(keep_counted(h_TF, neurons), mask_TE, expert_size)
+    elif active < mask_TE.numel():
         h_TF = dense.mask_(h_TF.clone(), mask_TE, expert_size)
     elif weights_TE is not None:
         h_TF = h_TF.clone()
@@ -134,10 +144,11 @@ def _gathered_down(
     down_FD: Tensor,
     down_bias_D: Tensor | None,
     expert_size: int,
+    neurons: Threshold | None = None,
 ) -> Tensor:
     pairs = rows.find_pairs(mask_TE, expert_size, down_FD)
-    h_P = rows.weigh_pairs_(rows.take_pairs(h_TF, pairs), pairs, weights_TE, expert_size)
-    return rows.sum_rows(h_P, pairs, down_FD, down_bias_D)
+    h_P = rows.keep_counted_pairs(rows.take_pairs(h_TF, pairs), pairs, neurons)
+    return rows.sum_rows(rows.weigh_pairs_(h_P, pairs, weights_TE, expert_size), pairs, down_FD, down_bias_D)
 
 
 def _product(x_TD: Tensor, weight_oi: Tensor, bias_O: Tensor | None, packed: Tensor | None) -> Tensor:
@@ -156,13 +167,15 @@ def masked_ffn(
     activation: str,
     expert_size: int,
     packs: Packs | None = None,
+    thresholds: Thresholds = EVERYTHING,
 ) -> Tensor:
     """A sparse FFN whose active experts are given: :func:`expert_down` of :func:`expert_up`.
 
     Pairs of a token and a neuron are listed once, and hidden activations are not copied.
     """
     how = choose(int(mask_TE.sum()), (len(mask_TE), mask_TE.shape[1]), expert_size, weights, packs)
-    return _computed(how, x_TD, mask_TE, weights_TE, weights, activation, expert_size)
+    x_TD = keep_counted(x_TD, thresholds.inputs)
+    return _computed(how, x_TD, mask_TE, weights_TE, weights, activation, expert_size, thresholds.neurons)
 
 
 def sparse_ffn(
@@ -171,6 +184,7 @@ def sparse_ffn(
     weights: FFNWeights,
     activation: str,
     expert_size: int,
+    thresholds: Thresholds = EVERYTHING,
     packs: Packs | None = None,
 ) -> Tensor:
     """A whole sparse FFN, as :func:`torch_prunepath.ops.sparse_ffn.sparse_ffn`.
@@ -184,19 +198,20 @@ def sparse_ffn(
     if gate_offset is None and tau >= 1:
         # Nobody needs the scores.
         mask_TE = torch.ones(len(x_TD), len(router_ED), dtype=torch.bool)
-        return masked_ffn(x_TD, mask_TE, None, weights, activation, expert_size, packs)
+        return masked_ffn(x_TD, mask_TE, None, weights, activation, expert_size, packs, thresholds)
     scores_TE = router_scores(x_TD, router_ED, router_bias_E, router_norm, packs)
     weights_TE = None if gate_offset is None else sigmoid_weights(scores_TE, gate_offset, shared)
     if len(x_TD) != 1:
         mask_TE = select_experts(scores_TE, tau, rule, shared)
-        return masked_ffn(x_TD, mask_TE, weights_TE, weights, activation, expert_size, packs)
+        return masked_ffn(x_TD, mask_TE, weights_TE, weights, activation, expert_size, packs, thresholds)
     experts_K = active_experts(scores_TE.view(-1), tau, rule, shared)
     how = choose(len(experts_K), (1, len(router_ED)), expert_size, weights)
+    x_TD = keep_counted(x_TD, thresholds.inputs)
     if how.gather_up and how.gather_down:
         pairs = rows.pairs_of_experts(experts_K, expert_size, weights.up_FD)
-        return _gathered_ffn(x_TD, pairs, weights_TE, weights, activation, expert_size)
+        return _gathered_ffn(x_TD, pairs, weights_TE, weights, activation, expert_size, thresholds.neurons)
     mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).index_fill_(1, experts_K, True)
-    return _computed(how, x_TD, mask_TE, weights_TE, weights, activation, expert_size)
+    return _computed(how, x_TD, mask_TE, weights_TE, weights, activation, expert_size, thresholds.neurons)
 
 
 def _computed(
@@ -207,11 +222,12 @@ def _computed(
     weights: FFNWeights,
     activation: str,
     expert_size: int,
+    neurons: Threshold | None,
 ) -> Tensor:
-    """What :func:`masked_ffn` answers, computed as it was decided."""
+    """What :func:`masked_ffn` answers, computed as it was decided, of tokens whose uncounted inputs are 0 already."""
     if how.gather_up and how.gather_down:
         pairs = rows.find_pairs(mask_TE, expert_size, weights.up_FD)
-        return _gathered_ffn(x_TD, pairs, weights_TE, weights, activation, expert_size)
+        return _gathered_ffn(x_TD, pairs, weights_TE, weights, activation, expert_size, neurons)
     if how.gather_up:
         h_TF = _gathered_up(x_TD, mask_TE, weights.up_part, activation, expert_size)
     else:
@@ -219,8 +235,9 @@ def _computed(
         if not how.everything:
             dense.mask_(h_TF, mask_TE, expert_size)
     if how.gather_down:
-        return _gathered_down(h_TF, mask_TE, weights_TE, weights.down_FD, weights.down_bias_D, expert_size)
-    dense.weigh_(h_TF, weights_TE, expert_size)
+        down = (weights.down_FD, weights.down_bias_D, expert_size)
+        return _gathered_down(h_TF, mask_TE, weights_TE, *down, neurons)
+    h_TF = dense.weigh_(keep_counted(h_TF, neurons), weights_TE, expert_size)
     return _product(h_TF, weights.down_FD.t(), weights.down_bias_D, how.packed_down)
 
 
@@ -231,7 +248,9 @@ def _gathered_ffn(
     weights: FFNWeights,
     activation: str,
     expert_size: int,
+    neurons: Threshold | None,
 ) -> Tensor:
     h_P = rows.hidden_of_pairs(x_TD, pairs, weights.up_part, activation)
+    h_P = rows.keep_counted_pairs(h_P, pairs, neurons)
     h_P = rows.weigh_pairs_(h_P, pairs, weights_TE, expert_size)
     return rows.sum_rows(h_P, pairs, weights.down_FD, weights.down_bias_D)

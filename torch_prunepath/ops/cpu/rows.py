@@ -17,7 +17,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from torch_prunepath.activations import activate
-from torch_prunepath.weights import UpWeights
+from torch_prunepath.select import keep_counted
+from torch_prunepath.weights import Threshold, UpWeights
 
 FEW_TOKENS = 16
 """Calls of more tokens are always dense: where gathering breaks even was measured up to here."""
@@ -211,6 +212,13 @@ def spread_pairs(h_P: Tensor, pairs: Pairs, ffn_size: int) -> Tensor:
     """Inverse of :func:`take_pairs`, 0 elsewhere: ``[P] -> [T, F]``."""
     places_P = pairs.rows_P.add(pairs.tokens_P, alpha=ffn_size)
     return h_P.new_zeros(pairs.tokens * ffn_size).index_copy_(0, places_P, h_P).view(pairs.tokens, ffn_size)
+
+
+def keep_counted_pairs(h_P: Tensor, pairs: Pairs, neurons: Threshold | None) -> Tensor:
+    """The hidden activations with 0 in the place of those under the neurons' threshold: ``[P]``."""
+    if neurons is None:
+        return h_P
+    return keep_counted(h_P, Threshold(neurons.theta, neurons.norm_N[pairs.rows_P]))
 
 
 def weigh_pairs_(h_P: Tensor, pairs: Pairs, weights_TE: Tensor | None, expert_size: int) -> Tensor:

@@ -38,3 +38,35 @@ class Quantiles:
         below = int(place)
         low, high = self.table[below], self.table[below + 1]
         return low + (place - below) * (high - low)
+
+
+class Sample:
+    """An even sample of magnitudes that arrive part by part, at most ``most`` of them; it synchronises with the device.
+
+    Args:
+        most: largest number of values that are kept.
+    """
+
+    def __init__(self, most: int = VALUES) -> None:
+        self._most, self._rate = most, 1.0
+        self._parts: list[Tensor] = []
+        self._generator: torch.Generator | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Take in values of any shape."""
+        flat = values.detach().reshape(-1).abs().float()
+        self._parts.append(flat if self._rate == 1.0 else self._some(flat, self._rate))
+        while sum(part.numel() for part in self._parts) > self._most:
+            self._parts = [self._some(torch.cat(self._parts), 0.5)]
+            self._rate /= 2
+
+    def _some(self, flat: Tensor, share: float) -> Tensor:
+        """A random share: an even step would stay on a few columns of a matrix, or on the same places of each text."""
+        if self._generator is None:
+            self._generator = torch.Generator(flat.device).manual_seed(0)
+        return flat[torch.rand(flat.shape, generator=self._generator, device=flat.device) < share]
+
+    def quantiles(self) -> Quantiles | None:
+        """The distribution of what came in; None if nothing did."""
+        flat = torch.cat(self._parts) if self._parts else None
+        return Quantiles(flat) if flat is not None and flat.numel() else None
