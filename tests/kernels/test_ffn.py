@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATIONS
+from torch_prunepath.layer.norms import column_norms, row_norms
 from torch_prunepath.layer.reference import router_scores_reference, select_reference
 from torch_prunepath.ops import operators as ops
 from torch_prunepath.ops.sparse_ffn import arguments
-from torch_prunepath.weights import FFNWeights, Selector, UpWeights
+from torch_prunepath.weights import FFNWeights, Selector, Threshold, Thresholds, UpWeights
 
 ffn = pytest.importorskip("torch_prunepath.csrc_triton.ffn")
 
@@ -70,17 +71,15 @@ class Problem:
 def reference(args: tuple) -> Tensor:
     """The operators' default implementations in float64, on the same rounded inputs."""
     wide = [a.double() if isinstance(a, Tensor) and a.dim() else a for a in arguments(*args)]
-    x, router, router_bias, tau, rule, offset, up, up_b, gate, gate_b, down, down_b, activation, size, *router_how = (
-        wide
-    )
-    router_norm, shared = router_how
+    x, router, router_bias, tau, rule, offset, up, up_b, gate, gate_b, down, down_b, activation, size, *how = wide
+    router_norm, shared, *thresholds = how
     scores = router_scores_reference(x, router, router_bias, router_norm).float()
     mask = torch.tensor([select_reference(row, float(tau), rule, shared) for row in scores.tolist()], device=x.device)
     gates = None if offset is None else torch.sigmoid(scores.double() + offset)
     if gates is not None:
         gates[:, :shared] = 1.0
-    h = ops.expert_up._init_fn(x, mask, up, up_b, gate, gate_b, activation, size)
-    return ops.expert_down._init_fn(h, mask, gates, down, down_b, size)
+    h = ops.expert_up._init_fn(x, mask, up, up_b, gate, gate_b, activation, size, *thresholds[:2])
+    return ops.expert_down._init_fn(h, mask, gates, down, down_b, size, *thresholds[2:])
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -99,6 +98,71 @@ def test_ffn(device: str, layer: tuple, tokens: int, dtype: torch.dtype) -> None
         assert found.dtype == dtype
         assert_near(found, reference(args))
         assert torch.equal(found, ffn.sparse_ffn(*args)), "not reproducible"
+
+
+def in_a_gap(sizes: Tensor, share: float) -> Tensor:
+    """A number in the widest gap between the sizes, near the one that this share of them lies under."""
+    sizes = sizes.flatten().double().sort().values
+    place = int(share * len(sizes))
+    near = sizes[max(place - 30, 0) : place + 30]
+    widest = int((near.diff() / near[1:]).argmax())
+    return ((near[widest] + near[widest + 1]) / 2).float()
+
+
+def thresholds_of(problem: Problem, neurons: float = 0.4) -> Thresholds:
+    """Thresholds that no rounding of this problem's dtype decides, but for few neurons at its own h."""
+    wide = [None if t is None else t.double() for t in (*problem.up, *problem.gate)]
+    norm_D = column_norms(*[t for t in (problem.up[0], problem.gate[0]) if t is not None])
+    norm_F = row_norms(problem.down[0])
+    inputs = Threshold(in_a_gap(problem.x.double().abs() * norm_D, 0.35), norm_D)
+    everything = torch.ones(len(problem.x), problem.E, dtype=torch.bool, device=problem.x.device)
+    h = ops.expert_up._init_fn(problem.x.double(), everything, *wide, problem.activation, problem.S, *inputs)
+    return Thresholds(inputs, Threshold(in_a_gap((h.abs() * norm_F)[h != 0], neurons), norm_F))
+
+
+@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_thresholds(device: str, layer: tuple, tokens: int, dtype: torch.dtype) -> None:
+    problem = Problem(tokens, layer, dtype, device)
+    thresholds = thresholds_of(problem)
+    zeros = Thresholds(*(Threshold(torch.zeros_like(one.theta), one.norm_N) for one in thresholds if one is not None))
+    # In half precision a neuron near the threshold may fall on either side, which adds up to its whole contribution.
+    bound = BOUND[dtype] if dtype == torch.float32 else 0.05
+    for tau, rule, offset in ((0.6, "reach", None), (0.8, "below", 0.3)):
+        args = problem.args(tau, rule, offset)
+        found, expected = ffn.sparse_ffn(*args, thresholds), reference((*args, thresholds))
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < bound, float(error)
+        assert torch.equal(ffn.sparse_ffn(*args, zeros), ffn.sparse_ffn(*args)), "0 changes no bit"
+        only = Thresholds(thresholds.inputs)
+        assert_near(ffn.sparse_ffn(*args, only), reference((*args, only)))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_halves_with_thresholds(device: str, layer: tuple, tokens: int) -> None:
+    problem = Problem(tokens, layer, torch.float32, device)
+    inputs, neurons = thresholds_of(problem)
+    mask = problem.mask(0.5)
+    weights = UpWeights(*problem.up, *problem.gate)
+    wide = [None if t is None else t.double() for t in (*problem.up, *problem.gate, *problem.down)]
+    how = (problem.activation, problem.S)
+    found = ffn.expert_up(problem.x, mask, weights, *how, inputs)
+    expected = ops.expert_up._init_fn(problem.x.double(), mask, *wide[:4], *how, *inputs)
+    assert_near(found, expected)
+    gates = torch.rand(mask.shape, device=device)
+    h = expected.float()
+    expected = ops.expert_down._init_fn(h.double(), mask, gates, *wide[4:], problem.S, *neurons)
+    assert_near(ffn.expert_down(h, mask, gates, *problem.down, problem.S, neurons), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_nan_counts(device: str, tokens: int) -> None:
+    problem = Problem(tokens, (50, 101, 12, True, False, "silu"), torch.float32, device)
+    thresholds = thresholds_of(problem)
+    problem.x[tokens - 1, 7] = float("nan")
+    assert ffn.sparse_ffn(*problem.args(0.4), thresholds)[-1].isnan().all()
 
 
 WIDE = pytest.param((643, 70, 8, True, True, "silu"), id="every-split")

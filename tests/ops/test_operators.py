@@ -8,6 +8,8 @@ from torch import Tensor
 
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.ops import operators as ops
+from torch_prunepath.select import keep_counted, uncounted
+from torch_prunepath.weights import Threshold
 
 SHAPES = [  # T, D, F, S: last experts smaller than S, one expert, one neuron an expert
     pytest.param(1, 7, 37, 8, id="one-token"),
@@ -183,6 +185,56 @@ def test_overflow_in_an_inactive_neuron_does_not_spread() -> None:
     assert ops.expert_down(h.nan_to_num(posinf=1.0), mask, None, up * 0 + 1, None, 1).isfinite().all()
 
 
+THRESHOLD_X = Threshold(torch.tensor(0.4), torch.linspace(0.5, 1.5, 7))
+THRESHOLD_H = Threshold(torch.tensor(0.3), torch.linspace(0.5, 1.5, 37))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_gradients_with_thresholds(gated: bool) -> None:
+    T, D, F, S = 5, 7, 37, 8
+    x, mask, gates = problem(T, D, F, S, torch.float64)
+    up, up_b = weights(F, D, torch.float64, True, 1)
+    gate, gate_b = weights(F, D, torch.float64, True, 2) if gated else (None, None)
+    h, down, bias = torch.randn(T, F).double(), weights(F, D, torch.float64, False)[0], torch.randn(D).double()
+    off_x, off_h = uncounted(x, THRESHOLD_X), uncounted(h, THRESHOLD_H)
+    assert off_x.any() and off_h.any()
+    ups = [t.requires_grad_() for t in (x, up, up_b, gate, gate_b) if t is not None]
+    downs = [t.requires_grad_() for t in (h, down, bias, gates.double())]
+
+    def run_up(x, up, up_b, gate=None, gate_b=None):  # type: ignore[no-untyped-def]
+        return ops.expert_up(x, mask, up, up_b, gate, gate_b, "silu", S, *THRESHOLD_X)
+
+    def run_down(h, down, bias, gates):  # type: ignore[no-untyped-def]
+        return ops.expert_down(h, mask, gates, down, bias, S, *THRESHOLD_H)
+
+    naive_h = naive_up(torch.where(off_x, 0, x), mask, up, up_b, gate, gate_b, "silu", S)
+    naive_y = naive_down(torch.where(off_h, 0, h), mask, downs[3], down, bias, S)
+    for run, leaves, expected in ((run_up, ups, naive_h), (run_down, downs, naive_y)):
+        assert torch.autograd.gradcheck(run, leaves)
+        grad = torch.randn_like(expected)
+        found = torch.autograd.grad(run(*leaves), leaves, grad)
+        torch.testing.assert_close(found, torch.autograd.grad(expected, leaves, grad))
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.4])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("T", "D", "F", "S"), SHAPES)
+def test_forward_with_thresholds(T: int, D: int, F: int, S: int, density: float, theta: float) -> None:
+    x, mask, gates = problem(T, D, F, S, torch.float64, density)
+    up, up_b = weights(F, D, torch.float64, True, 1)
+    down = weights(F, D, torch.float64, False, 3)[0]
+    of_x = Threshold(torch.tensor(theta), torch.rand(D) + 0.5)
+    of_h = Threshold(torch.tensor(theta), torch.rand(F) + 0.5)
+    h = ops.expert_up(x, mask, up, up_b, None, None, "relu", S, *of_x)
+    torch.testing.assert_close(h, naive_up(keep_counted(x, of_x), mask, up, up_b, None, None, "relu", S))
+    expected = naive_down(keep_counted(h, of_h), mask, gates, down, None, S)
+    on = torch.stack([mask[:, f // S] for f in range(F)], dim=1)
+    poisoned = torch.where(on, h, float("nan"))  # what is inactive must not be read
+    before = poisoned.clone()
+    torch.testing.assert_close(ops.expert_down(poisoned, mask, gates, down, None, S, *of_h), expected)
+    assert torch.equal(poisoned.nan_to_num(7.0), before.nan_to_num(7.0)), "the input must stay as it is"
+
+
 def opcheck_inputs() -> list:
     x, mask, gates = problem(5, 7, 37, 8, torch.float32)
     up, up_b = weights(37, 7, torch.float32, True, 1)
@@ -200,6 +252,8 @@ def opcheck_inputs() -> list:
         pytest.param(ops.select_experts, (torch.randn(3, 9), torch.tensor(0.5), "reach"), id="select"),
         pytest.param(ops.expert_up, (x, mask, up, up_b, gate, gate_b, "silu", 8), id="up-gated"),
         pytest.param(ops.expert_up, (x, mask, up, None, None, None, "none", 8), id="up-plain"),
+        pytest.param(ops.expert_up, (x, mask, up, up_b, gate, gate_b, "silu", 8, *THRESHOLD_X), id="up-threshold"),
+        pytest.param(ops.expert_down, (h, mask, gates, up, bias, 8, *THRESHOLD_H), id="down-threshold"),
         pytest.param(ops.expert_down, (h, mask, gates, up, bias, 8), id="down-gates"),
         pytest.param(ops.expert_down, (h, mask, None, up, None, 8), id="down-one"),
     ]
@@ -220,6 +274,10 @@ def test_backward_opcheck() -> None:
     for router_norm in (False, True):
         args = torch.randn(5, 9), x, torch.randn(9, 7), [True, False, True], router_norm
         torch.library.opcheck(ops.router_scores_backward, args)
+    args = torch.randn(5, 37), x, mask, up, up_b, None, None, "gelu", 8, [True] * 3 + [False] * 2, *THRESHOLD_X
+    torch.library.opcheck(ops.expert_up_backward, args)
+    downs = torch.randn(5, 7), torch.randn(5, 37), mask, torch.rand(5, 5), up, 8, [True] * 4, *THRESHOLD_H
+    torch.library.opcheck(ops.expert_down_backward, downs)
     torch.library.opcheck(
         ops.expert_down_backward, (torch.randn(5, 7), torch.randn(5, 37), mask, None, up, 8, [True, False, True, True])
     )

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from torch_prunepath.weights import FFNWeights, Selector
+from torch_prunepath.weights import FFNWeights, Selector, Thresholds
 
 
 class NamedTarget:
@@ -62,9 +62,13 @@ def calls(ffn):  # type: ignore[no-untyped-def]
         down = empty(width, hidden), empty(hidden)
         router = empty(experts, hidden), empty(experts)
         weights, tau = FFNWeights(*up, *gate, *down), torch.tensor(0.5)
+        thresholds = Thresholds.of(tau, torch.ones(hidden), tau, torch.ones(width))
         for router_norm, shared in ((False, 0), (True, 0), (False, 2)):
             selector = Selector(*router, tau, rule, offset, router_norm, shared)
             ffn.sparse_ffn(x, selector, weights, activation, size)
+            ffn.sparse_ffn(x, selector, weights, activation, size, thresholds)
+        ffn.expert_up(x, mask, weights.up_part, activation, size, thresholds.inputs)
+        ffn.expert_down(empty(tokens, width), mask, None, *down, size, thresholds.neurons)
         ffn.expert_up(x, mask, weights.up_part, activation, size)
         ffn.expert_down(empty(tokens, width), mask, None, *down, size)
         if tokens == 1:
