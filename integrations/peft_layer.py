@@ -208,6 +208,11 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         """Whether the active adapter ever had a threshold."""
         return self.state().column_norm_D is not None
 
+    @property
+    def column_norm_D(self) -> Tensor:  # type: ignore[override]
+        """Norms of the columns of the base model's [gate; up], float32 ``[D]``."""
+        return self.norm("column_norm_D")
+
     def norm(self, name: str) -> Tensor:
         """One of the norms of the base model's weights."""
         norm: Tensor = getattr(self.state(), name)

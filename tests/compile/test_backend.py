@@ -19,7 +19,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from transformers import CompileConfig, StaticCache
 
-from torch_prunepath import SparsifyConfig, register_routing_hook, set_sparsity, set_tau, sparsify
+from torch_prunepath import SparsifyConfig, register_routing_hook, set_sparsity, set_tau, set_thresholds, sparsify
 from torch_prunepath.compile import backend
 from torch_prunepath.compile.backend import DISABLE, Rewrite, prunepath
 from torch_prunepath.ops.sparse_ffn import sparse_ffn
@@ -394,3 +394,44 @@ def test_schema_and_fake_of_the_whole_ffn(plain: bool, T: int) -> None:
     halves = (up, bias_F, None, None, down, bias_D) if plain else (up, None, gate, bias_F, strided, None)
     args = (x, *routing, *halves, "silu", S)
     torch.library.opcheck(sparse_ffn, args, test_utils=("test_schema", "test_faketensor"))
+
+
+# --- thresholds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+@pytest.mark.parametrize("rows", [1, 3], ids=["few-tokens", "many-tokens"])
+@torch.no_grad()
+def test_thresholds_in_one_graph(name: str, rows: int) -> None:
+    """Few tokens by fused operators, more by what Inductor fuses; one compilation for all values, 0 included."""
+    model, inputs = sparse(name)
+    inputs = {key: torch.cat([value] * rows) for key, value in inputs.items()}
+    call = compiled(model)
+    set_thresholds(model, inputs=0.0, neurons=0.0)
+    before = first(model(**inputs))
+    found = first(call(**inputs))
+    torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-4)
+    frames = counters["stats"]["unique_graphs"]
+    for theta_x, theta_h in ((0.4137, 0.1193), (0.0, 0.0), (0.2931, 0.3171)):
+        set_thresholds(model, inputs=theta_x, neurons=theta_h)
+        expected = first(model(**inputs))
+        torch.testing.assert_close(first(call(**inputs)), expected, rtol=1e-4, atol=1e-4)
+        assert (theta_x > 0) != torch.allclose(expected, before, rtol=1e-3, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == frames == 1
+    counted = operators(lambda: call(**inputs))
+    fused = "sparse_ffn" in counted
+    assert fused == (name == "llama" or (name == "opt" and rows == 1)), "whole FFNs are one operator in eager mode, too"
+
+
+def test_gradients_through_thresholds_in_a_compiled_model() -> None:
+    model, inputs = sparse("llama")
+    set_thresholds(model, inputs=0.4137, neurons=0.1193)
+    model.train()
+
+    def gradients(call: Callable[..., Any]) -> list[Tensor]:
+        model.zero_grad()
+        call(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = gradients(model)
+    torch.testing.assert_close(gradients(compiled(model)), expected, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from torch_prunepath import densify, fit_routers, load, record_sparsity, set_sparsity, set_tau, sparse_layers, sparsify
+from torch_prunepath import (
+    densify,
+    fit_routers,
+    load,
+    record_sparsity,
+    set_sparsity,
+    set_tau,
+    set_thresholds,
+    sparse_layers,
+    sparsify,
+)
 from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.integrations.peft import PrunePathConfig
 
@@ -357,3 +367,46 @@ def test_an_adapter_has_every_setting_of_a_sparse_model() -> None:
     assert settings.items() <= vars(PrunePathConfig()).items()
     assert PrunePathConfig(expert_size=3, seed=5).sparsify_config() == SparsifyConfig(expert_size=3, seed=5)
     assert typing.get_type_hints(PrunePathConfig).items() >= typing.get_type_hints(SparsifyConfig).items()
+
+
+# --- thresholds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["one", "sigmoid"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "phi3"])
+def test_thresholds_are_those_of_a_sparse_model(name: str, gate: str) -> None:
+    base, inputs = ARCHITECTURES[name]()
+    expected, _ = ARCHITECTURES[name]()
+    sparsify(expected, 0.6, config=SparsifyConfig(gate=gate), calibration=inputs, progress=False)
+    model = get_peft_model(base, config(inputs, gate=gate))
+    before = output(model, inputs)
+    set_thresholds(model, inputs=0.0, neurons=0.0)
+    assert torch.equal(output(model, inputs), before)
+    for one in (model, expected):
+        set_thresholds(one, inputs=0.4137, neurons=0.1193)
+    close(output(model, inputs), output(expected, inputs))
+    assert not torch.allclose(output(model, inputs), before, rtol=1e-3, atol=1e-3)
+    with record_sparsity(model) as mine, record_sparsity(expected) as theirs:
+        output(model, inputs), output(expected, inputs)
+    assert mine.shares == pytest.approx(theirs.shares) and mine.shares.inputs < 1 and mine.shares.neurons < 1
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), output(ARCHITECTURES[name]()[0], inputs))
+    merged = model.merge_and_unload()
+    assert torch.equal(output(merged, inputs), output(expected, inputs))
+
+
+def test_each_adapter_has_its_own_thresholds() -> None:
+    base, inputs = ARCHITECTURES["llama"]()
+    model = get_peft_model(base, config(inputs))
+    model.add_adapter("other", config(inputs, tau=0.9))
+    first = output(model, inputs)
+    model.set_adapter("other")
+    second = output(model, inputs)
+    set_thresholds(model, inputs=0.5, neurons=0.2)
+    assert not torch.allclose(output(model, inputs), second, rtol=1e-3, atol=1e-3)
+    thetas = [float(layer.theta_x) for layer in sparse_layers(model).values()]
+    assert set(thetas) == {0.5} and model.half() is model
+    assert [layer.column_norm_D.dtype for layer in sparse_layers(model).values()] == [torch.float32] * len(thetas)
+    model.float().set_adapter("default")
+    assert not any(layer.has_norms for layer in sparse_layers(model).values())
+    torch.testing.assert_close(output(model, inputs), first, rtol=1e-2, atol=1e-2)

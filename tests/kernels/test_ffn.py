@@ -120,8 +120,8 @@ def thresholds_of(problem: Problem, neurons: float = 0.4) -> Thresholds:
     return Thresholds(inputs, Threshold(in_a_gap((h.abs() * norm_F)[h != 0], neurons), norm_F))
 
 
-@pytest.mark.parametrize("dtype", list(BOUND), ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 19])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_thresholds(device: str, layer: tuple, tokens: int, dtype: torch.dtype) -> None:
     problem = Problem(tokens, layer, dtype, device)
@@ -129,17 +129,16 @@ def test_thresholds(device: str, layer: tuple, tokens: int, dtype: torch.dtype) 
     zeros = Thresholds(*(Threshold(torch.zeros_like(one.theta), one.norm_N) for one in thresholds if one is not None))
     # In half precision a neuron near the threshold may fall on either side, which adds up to its whole contribution.
     bound = BOUND[dtype] if dtype == torch.float32 else 0.05
-    for tau, rule, offset in ((0.6, "reach", None), (0.8, "below", 0.3)):
-        args = problem.args(tau, rule, offset)
-        found, expected = ffn.sparse_ffn(*args, thresholds), reference((*args, thresholds))
-        error = (found.double() - expected).norm() / expected.norm()
-        assert error < bound, float(error)
-        assert torch.equal(ffn.sparse_ffn(*args, zeros), ffn.sparse_ffn(*args)), "0 changes no bit"
-        only = Thresholds(thresholds.inputs)
-        assert_near(ffn.sparse_ffn(*args, only), reference((*args, only)))
+    args = problem.args(0.8, "below", 0.3)
+    found, expected = ffn.sparse_ffn(*args, thresholds), reference((*args, thresholds))
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < bound, float(error)
+    assert torch.equal(ffn.sparse_ffn(*args, zeros), ffn.sparse_ffn(*args)), "0 changes no bit"
+    only = Thresholds(thresholds.inputs)
+    assert_near(ffn.sparse_ffn(*args, only), reference((*args, only)))
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", [1, 5, 19])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_halves_with_thresholds(device: str, layer: tuple, tokens: int) -> None:
     problem = Problem(tokens, layer, torch.float32, device)

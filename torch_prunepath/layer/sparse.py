@@ -147,6 +147,7 @@ class RoutedExperts(KeepsNorms, Swapped):
     tau: Tensor
     theta_x: Tensor
     theta_h: Tensor
+    column_norm_D: Tensor
     budget: float
     routing_hooks: OrderedDict[int, RoutingHook]
     recorders: tuple[Recorder, ...] = ()
