@@ -63,14 +63,20 @@ def check_tokens(inputs: Mapping[str, Any], what: str = "calibration") -> None:
     """Refuse inputs none of whose tokens counts.
 
     Raises:
-        ValueError: if there are no ids, the attention mask is 0 everywhere, or all tokens are context only.
+        ValueError: if there are no ids, the attention mask is 0 everywhere or of another shape, or all tokens are
+            context only.
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor):
         return
     if not ids.numel():
         raise ValueError(f"{what} holds no token: its rows are empty")
-    if isinstance(mask, Tensor) and mask.shape == ids.shape and not mask.any():
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape != ids.shape:
+        raise ValueError(
+            f"{what}'s attention_mask is {tuple(mask.shape)} and its input_ids are {tuple(ids.shape)}: give a mask of "
+            "their shape"
+        )
+    if isinstance(mask, Tensor) and not mask.any():
         raise ValueError(f"{what} holds no token: its attention_mask is 0 everywhere, which says that all is padding")
     if ids.dim() == 2 and ids.shape[1] <= int(inputs.get(FRONT, 0)):
         raise ValueError(f"{what} holds no token: {FRONT!r} says that all tokens of its rows are only context")

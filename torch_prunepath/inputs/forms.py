@@ -92,7 +92,7 @@ def _is_numbers(value: Any) -> bool:
     """Whether this is a list of numbers, one row."""
     return (
         isinstance(value, Sequence)
-        and not isinstance(value, str)
+        and not isinstance(value, str | bytes)
         and len(value) > 0
         and all(isinstance(number, int | float | np.number) and not isinstance(number, bool) for number in value)
     )
@@ -118,7 +118,7 @@ def _parts(element: Any, taken: _Columns, row: bool) -> _Texts | list[Batch]:
         return [{"input_ids": row.long()[None]} for row in ids]
     if not isinstance(ids, Tensor) or not _is_ids(ids):
         raise TypeError(FORMS + _kind(ids if isinstance(ids, Tensor) else element))
-    return [{"input_ids": ids.long().reshape(-1, ids.shape[-1])}]
+    return [{"input_ids": ids.long() if ids.dim() == 2 else ids.long()[None]}]
 
 
 def _is_ids(tensor: Any) -> bool:
@@ -252,14 +252,14 @@ def _batches(columns: Batch, row: bool) -> list[Batch]:
     """Make batches of the columns of one row, or of several rows, which may differ in length."""
     ids = columns.get("input_ids")
     if isinstance(ids, list) and not ids:
-        ids = columns["input_ids"] = torch.empty(1, 0, dtype=torch.int64)
+        ids = columns["input_ids"] = torch.empty(0, dtype=torch.int64)
     if isinstance(ids, list):
         return [part for each in _rows(columns, len(ids)) for part in _batches(each, row=True)]
     if ids is not None and not _is_ids(ids):
         raise TypeError(f"calibration's 'input_ids' must be int64 token ids [B, T], not {_kind(ids)}")
     if ids.dim() == 1 if isinstance(ids, Tensor) else row:
         columns = {name: _as_row(name, value) for name, value in columns.items()}
-    wrong = {name: value for name, value in columns.items() if isinstance(value, list | str | np.ndarray)}
+    wrong = {name: value for name, value in columns.items() if isinstance(value, list | tuple | str | np.ndarray)}
     for name, value in wrong.items():
         raise TypeError(f"calibration's {name!r} must be a tensor, an array or lists of numbers, not {_kind(value)}")
     return [{name: _int64(name, value) for name, value in columns.items()}]
