@@ -85,8 +85,9 @@ def check_tokens(inputs: Mapping[str, Any], what: str = "calibration") -> None:
 def broken_weight(model: nn.Module) -> str | None:
     """Return the name of a parameter that holds NaN or infinity; None if there is none."""
     for name, parameter in model.named_parameters():
-        # Quantised weights are integers, and what is on the meta device has no values.
-        if parameter.is_floating_point() and parameter.device.type != "meta" and not _finite(parameter):
+        # Nothing on the meta device has values, and 8 bits are a quantiser's, which torch cannot compare.
+        plain = parameter.is_floating_point() and parameter.element_size() > 1 and type(parameter.data) is Tensor
+        if plain and parameter.device.type != "meta" and not _finite(parameter):
             return name
     return None
 
