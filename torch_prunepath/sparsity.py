@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torch_prunepath.config import check_sparsity, check_tau
 from torch_prunepath.inputs.data import evaluating, iterate_inputs
+from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.saving import refresh
@@ -165,8 +166,13 @@ class SparsityRecord:
 
 
 @contextlib.contextmanager
-def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
+def record_sparsity(model: nn.Module, *, front_tokens: int = 0) -> Iterator[SparsityRecord]:
     """Count active neurons while the context is open; costs nothing outside it. Padding tokens do not count.
+
+    Args:
+        model: a sparse model.
+        front_tokens: how many of the first tokens of each row do not count either: those that the tokenizer puts in
+            front of every text, such as a beginning-of-sequence token. For whole rows, not for steps of decoding.
 
     Example::
 
@@ -179,7 +185,7 @@ def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
     """
     layers = {layer.name: layer for layer in sparse_layers(model).values()}
     record = SparsityRecord()
-    with PaddingTracker(model) as tracker:
+    with PaddingTracker(model, front_tokens) as tracker:
 
         def count(routing: Routing) -> None:
             noted = Noted.of(routing.name, layers[routing.name], routing.mask_TE)
@@ -247,7 +253,7 @@ def _out_of_reach(target: float, most: float, shared: bool) -> ValueError:
 
 def measure_sparsity(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
     """Realised sparsity over batches of model inputs, in evaluation mode."""
-    with evaluating(model), record_sparsity(model) as record:
+    with evaluating(model), record_sparsity(model, front_tokens=front_of(batches)) as record:
         for batch in batches:
-            model(**batch)
+            model(**for_model(batch))
     return record.sparsity

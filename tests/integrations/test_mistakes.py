@@ -146,6 +146,41 @@ on_dense("a calibration text that is too short")(
 )
 
 
+def given(model: Model, data: Any, **settings: Any) -> Any:
+    return convert(model, config=SparsifyConfig(), calibration=data, **settings)
+
+
+on_dense("a data set of texts without a tokenizer")(
+    lambda model, _: given(model, [{"text": "some text", "label": 1}, {"text": "more", "label": 0}])
+)
+on_dense("a data set with several columns of text")(
+    lambda model, _: given(model, [{"question": "why?", "answer": "because"}] * 3, tokenizer=byte_tokenizer())
+)
+on_dense("chats without a chat template")(
+    lambda model, _: given(model, [[{"role": "user", "content": "hello"}]], tokenizer=byte_tokenizer())
+)
+on_dense("calibration data of padding alone")(
+    lambda model, _: given(model, {"input_ids": token_ids(), "attention_mask": torch.zeros_like(token_ids())})
+)
+on_dense("token ids of another model")(lambda model, _: given(model, [[1, 2, 300] * 8] * 3))
+on_sparse("a negative token id")(lambda model, _: set_sparsity(model, 0.3, {"input_ids": [[1, -100] * 8]}))
+on_dense("calibration data that are no data")(lambda model, _: given(model, [{1, 2, 3}]))
+
+
+@on_dense("all splits of a data set")
+def _(model: Model, folder: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    part = datasets.Dataset.from_dict({"text": ["some text"]})
+    given(model, datasets.DatasetDict(train=part, test=part), tokenizer=byte_tokenizer())
+
+
+@on_dense("weights that hold NaN")
+def _(model: Model, folder: Path) -> None:
+    broken = tiny_llama()
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    convert(broken)
+
+
 @on_dense("tau and sparsity both given")
 def _(model: Model, folder: Path) -> None:
     PrunePathLM(pretrained=str(save_tiny_llama(folder)), tau=0.9, sparsity=0.5)
