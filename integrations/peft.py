@@ -23,7 +23,8 @@ from torch_prunepath.integrations.peft_build import Made, attach_parts, check_ba
 from torch_prunepath.integrations.peft_config import PRUNEPATH, PrunePathConfig
 from torch_prunepath.integrations.peft_layer import STORED, PrunePathLayer, site_of
 from torch_prunepath.integrations.peft_state import drop_empty, make_sparse, problem_of, shapes_of, states_to_merge
-from torch_prunepath.layer.manifest import Manifest, attach, describe
+from torch_prunepath.layer.manifest import KNOBS, Manifest
+from torch_prunepath.layer.saving import attach
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.tape import RoutingTape
 from torch_prunepath.train.terms import Targets
@@ -188,13 +189,14 @@ class PrunePathModel(BaseTuner):
         layers = self.layers()
         names = adapter_names or self.active_adapters
         if merge:
-            make_sparse(self.model, layers, states_to_merge(layers, names))
+            states = states_to_merge(layers, names)
+            config = self.peft_config[names[0]]
+            assert isinstance(config, PrunePathConfig) and config.manifest is not None
+            make_sparse(self.model, layers, states, Manifest.from_dict(config.manifest).config)
         for layer in layers:
             layer.remove()
         if merge:
-            config = self.peft_config[names[0]]
-            assert isinstance(config, PrunePathConfig) and config.manifest is not None
-            attach(self.model, describe(self.model, Manifest.from_dict(config.manifest).config))
+            attach(self.model)
         return self.model
 
     # What is saved: keys without the adapter's name, ``<FFN>.prunepath.router.weight``.
@@ -210,9 +212,12 @@ class PrunePathModel(BaseTuner):
     ) -> dict[str, Tensor]:
         assert isinstance(config, PrunePathConfig) and config.manifest is not None
         layers = layers_of(model)
-        tau = {layer.ffn.name: float(layer.adapters[adapter_name].tau) for layer in layers.values()}
+        knobs: dict[str, dict[str, Any]] = {
+            layer.ffn.name: {knob: float(getattr(layer.adapters[adapter_name], knob)) for knob in KNOBS}
+            for layer in layers.values()
+        }
         manifest = Manifest.from_dict(config.manifest)
-        parts = tuple(dataclasses.replace(part, tau=tau[site_of(part.ffn)]) for part in manifest.layers)
+        parts = tuple(dataclasses.replace(part, **knobs[site_of(part.ffn)]) for part in manifest.layers)
         config.manifest = dataclasses.replace(manifest, layers=parts).to_dict()
         prefixes = tuple(f"{name}.{STORED}.{adapter_name}." for name in layers)
         return {key: value for key, value in state_dict.items() if key.startswith(prefixes)}

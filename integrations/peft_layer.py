@@ -77,6 +77,14 @@ class AdapterState(Float32Buffers):
         """Which expert each neuron of the base model belongs to, int64 ``[F]``."""
         return torch.argsort(self.permutation.to(torch.int64)) // self.experts.expert_size
 
+    @torch.no_grad()
+    def restore_thresholds(self, view: FFNView, theta_x: float, theta_h: float) -> None:
+        """Have these thresholds, with norms of the base model's FFN."""
+        self.theta_x.fill_(theta_x)
+        self.theta_h.fill_(theta_h)
+        gate = [] if view.gate_FD is None else [view.gate_FD]
+        self.column_norm_D, self.row_norm_F = column_norms(view.up_FD, *gate), row_norms(view.down_FD)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}permutation" in state_dict:

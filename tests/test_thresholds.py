@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,10 @@ from torch_prunepath import (
     Routing,
     SparsifyConfig,
     densify,
+    describe,
     fit_routers,
+    load,
+    rebuild,
     record_sparsity,
     register_routing_hook,
     set_tau,
@@ -29,9 +34,10 @@ from torch_prunepath import (
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.layer import ExpertsSpec
 from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.manifest import Manifest
 from torch_prunepath.layer.reference import count_reference, norms_reference, sparse_ffn_reference
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.swap import make_routed
+from torch_prunepath.layer.swap import Swap, make_routed
 from torch_prunepath.layer.views import sparse_views
 from torch_prunepath.ops.experts import expand_experts
 from torch_prunepath.select import keep_counted, uncounted
@@ -124,7 +130,7 @@ def test_a_layer_is_the_definition(  # type: ignore[no-untyped-def]
     offset, shared = 0.5 if gate == "sigmoid" else 0.0, min(shared, -(-F // S) - 1)
     experts = ExpertsSpec(S, gate=gate, gate_offset=offset, shared=shared)
     router = Router.of(2 * torch.randn(-(-F // S), D, generator=generator), None).to(dtype)
-    make_routed(view, experts, router, torch.arange(F), tau)
+    make_routed(Swap(view, experts, router, torch.arange(F), tau, 1.0, SparsifyConfig()))
     x_TD = torch.randn(tokens, D, generator=generator, dtype=dtype)
 
     column_norm_D, row_norm_F = norms_reference(view)
@@ -423,6 +429,49 @@ def test_set_inside_inference_mode() -> None:
     set_thresholds(model, inputs=0.2)
 
 
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "phi3"])
+@torch.no_grad()
+def test_a_checkpoint_holds_them(name: str, tmp_path: Path) -> None:
+    model, inputs = tiny(name)
+    model.save_pretrained(tmp_path / "without")
+    assert "theta_x" not in (tmp_path / "without" / "config.json").read_text()
+    set_thresholds(model, inputs=0.1, neurons=[1 / 3, 0.0])
+    model.save_pretrained(tmp_path / "with")
+    entries = json.loads((tmp_path / "with" / "config.json").read_text())["quantization_config"]["layers"]
+    third = float(torch.tensor(1 / 3))
+    assert [(entry["theta_x"], entry.get("theta_h")) for entry in entries] == [
+        (float(torch.tensor(0.1)), third),
+        (float(torch.tensor(0.1)), None),
+    ]
+    again = load(tmp_path / "with")
+    assert torch.equal(output_of(again, inputs), output_of(model, inputs))
+    assert [float(layer.theta_h) for layer in sparse_layers(again).values()] == [third, 0.0]
+    for (_, kept), (_, expected) in zip(norms_kept(again), norms_kept(model), strict=True):
+        torch.testing.assert_close(kept, expected, rtol=1e-6, atol=0)
+    plain = load(tmp_path / "without")
+    assert not any(layer.has_norms for layer in sparse_layers(plain).values())
+
+
+def test_a_manifest_rebuilds_them() -> None:
+    model, inputs = tiny("llama")
+    set_thresholds(model, inputs=0.25, neurons=0.125)
+    dense, _ = ARCHITECTURES["llama"]()
+    twin = rebuild(dense, describe(model).to_dict())
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(output_of(twin, inputs), output_of(model, inputs))
+    with pytest.raises(ValueError, match="give them data first"):
+        rebuild(ARCHITECTURES["llama"]()[0].to("meta"), describe(model))
+    for wrong in (-1.0, float("nan"), "0.5", True):
+        data = describe(model).to_dict()
+        data["layers"][0]["theta_x"] = wrong
+        with pytest.raises(ValueError, match="damaged prunepath manifest"):
+            Manifest.from_dict(data)
+
+
 # --- shares and records -----------------------------------------------------------------------------------------------
 
 
@@ -515,9 +564,13 @@ def test_shares_of_0_and_failures_leave_things_as_they_were() -> None:
     set_threshold_shares(model, [inputs], inputs=0.0, neurons=0.0, progress=False)
     assert all(float(layer.theta_x) == float(layer.theta_h) == 0.0 for layer in sparse_layers(model).values())
     set_thresholds(model, inputs=0.25, neurons=0.125)
-    mask = torch.zeros_like(inputs["input_ids"])
-    with pytest.raises(ValueError, match="saw no token"):
-        set_threshold_shares(model, [{**inputs, "attention_mask": mask}], inputs=0.5, neurons=0.5, progress=False)
+
+    def fail(routing: Routing) -> None:
+        if float(sparse_layers(model)[routing.name].theta_x) > 0:  # inputs are done, neurons are being measured
+            raise RuntimeError("out of memory")
+
+    with register_routing_hook(model, fail), pytest.raises(RuntimeError, match="out of memory"):
+        set_threshold_shares(model, [inputs], inputs=0.5, neurons=0.5, progress=False)
     for layer in sparse_layers(model).values():
         assert (float(layer.theta_x), float(layer.theta_h)) == (0.25, 0.125)
 

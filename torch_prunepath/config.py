@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 2
@@ -49,6 +50,25 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
         says = f"{name} {sparsity}" if " " in name or name.startswith("--") else f"{name}={sparsity}"
         raise ValueError(f"{says} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons active")
     return sparsity
+
+
+LARGEST_THRESHOLD = (2 - 2**-23) * 2.0**127
+"""The largest float32 number: layers keep their thresholds in float32."""
+
+
+def check_threshold(value: Any) -> float:
+    """Return a threshold as a float.
+
+    Raises:
+        ValueError: if it is no finite number of at least 0.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"a threshold must be a number of at least 0, not {value!r}")
+    if not 0 <= float(value) <= LARGEST_THRESHOLD:
+        raise ValueError(
+            f"a threshold must be a finite float32 number of at least 0, not {value}: 0 leaves nothing out"
+        )
+    return float(value)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_prunepath.config import LARGEST_THRESHOLD, check_threshold
 from torch_prunepath.inputs.data import Inputs, evaluating, iterate_inputs
+from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import Routing
+from torch_prunepath.layer.saving import refresh
 from torch_prunepath.layer.sparse import Neurons
-from torch_prunepath.layer.views import norm_keepers, one_a_layer, sparse_layers, sparse_views, write_thresholds
+from torch_prunepath.layer.views import check_readable, one_a_layer, sparse_layers, sparse_views, write_thresholds
 from torch_prunepath.progress import progress_bar
 from torch_prunepath.quantiles import Sample
 from torch_prunepath.shares import neuron_hooks
@@ -25,9 +28,6 @@ from torch_prunepath.sparsity import register_routing_hook
 
 Value = float | Sequence[float] | Mapping[str, float]
 """One number for all layers, one a layer in module order, or some layers' by name."""
-
-LARGEST = float(torch.finfo(torch.float32).max)
-"""Thresholds are float32 numbers."""
 
 TINY = float(torch.finfo(torch.float32).tiny)
 """The least threshold of a share above 0: entries that are exactly 0, of which relu leaves many, cost nothing."""
@@ -63,24 +63,10 @@ def set_thresholds(model: nn.Module, *, inputs: Value | None = None, neurons: Va
     theta_h = _values(layers, neurons, check_threshold, "neurons")
     named = [name for name in layers if name in theta_x or name in theta_h]
     for name in named:
-        _check_readable(name, layers[name], views[name])
+        check_readable(name, layers[name], views[name])
     for name in named:
         write_thresholds(layers[name], views[name], theta_x.get(name), theta_h.get(name))
-
-
-def check_threshold(value: Any) -> float:
-    """Return a threshold as a float.
-
-    Raises:
-        ValueError: if it is no finite number of at least 0.
-    """
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise ValueError(f"a threshold must be a number of at least 0, not {value!r}")
-    if not 0 <= float(value) <= LARGEST:
-        raise ValueError(
-            f"a threshold must be a finite float32 number of at least 0, not {value}: 0 leaves nothing out"
-        )
-    return float(value)
+    refresh(model)
 
 
 def check_share(value: Any) -> float:
@@ -99,15 +85,6 @@ def _values(layers: Mapping[str, Any], value: Any, check: Any, of: str) -> dict[
         return {}
     values = one_a_layer(layers, value, check, of)
     return dict.fromkeys(layers, check(value)) if values is None else values
-
-
-def _check_readable(name: str, layer: Any, view: Any) -> None:
-    if all(keeper.has_norms or keeper.can_keep_norms() for keeper in norm_keepers(layer, view)):
-        return
-    raise ValueError(
-        f"{name}: thresholds need the norms of its weights, which cannot be read as they are (quantised, sharded or on "
-        "the meta device): set thresholds before that; their values may change afterwards"
-    )
 
 
 @contextmanager
@@ -173,6 +150,7 @@ def set_threshold_shares(
             for name, (theta_x, theta_h) in before.items():
                 layers[name].theta_x.fill_(theta_x)
                 layers[name].theta_h.fill_(theta_h)
+            refresh(model)
             raise
 
 
@@ -184,7 +162,7 @@ def _thresholds(shares: Mapping[str, float], samples: Mapping[str, Sample]) -> d
             raise ValueError(
                 f"{name} saw no token of these batches: give data that runs every FFN, and not padding alone"
             )
-        found[name] = min(max(quantiles.threshold(share), TINY), LARGEST) if share > 0 else 0.0
+        found[name] = min(max(quantiles.threshold(share), TINY), LARGEST_THRESHOLD) if share > 0 else 0.0
     return found
 
 
@@ -193,7 +171,7 @@ def _input_samples(model: nn.Module, data: Sequence[Inputs], bar: Any) -> dict[s
     layers = sparse_layers(model)
     samples = {name: Sample(SAMPLED) for name in layers}
     named = {layer.name: (layer, samples[name]) for name, layer in layers.items()}
-    with PaddingTracker(model) as tracker:
+    with PaddingTracker(model, front_of(data)) as tracker:
 
         def watch(routing: Routing) -> None:
             layer, sample = named[routing.name]
@@ -212,7 +190,7 @@ def _neuron_samples(model: nn.Module, data: Sequence[Inputs], bar: Any) -> dict[
     layers = sparse_layers(model)
     samples = {name: Sample(SAMPLED) for name in layers}
     named = {layer.name: samples[name] for name, layer in layers.items()}
-    with PaddingTracker(model) as tracker:
+    with PaddingTracker(model, front_of(data)) as tracker:
 
         def watch(neurons: Neurons) -> None:
             keep_T, active_TF = tracker.keep(neurons.shape), neurons.active_TF
@@ -228,5 +206,5 @@ def _neuron_samples(model: nn.Module, data: Sequence[Inputs], bar: Any) -> dict[
 def _run(model: nn.Module, data: Sequence[Inputs], bar: Any) -> None:
     with evaluating(model):
         for batch in data:
-            model(**batch)
+            model(**for_model(batch))
             bar.update()

@@ -410,3 +410,16 @@ def test_each_adapter_has_its_own_thresholds() -> None:
     model.float().set_adapter("default")
     assert not any(layer.has_norms for layer in sparse_layers(model).values())
     torch.testing.assert_close(output(model, inputs), first, rtol=1e-2, atol=1e-2)
+
+
+def test_an_adapter_is_saved_with_its_thresholds(llama: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, inputs = llama
+    model = get_peft_model(base_of(folder), config(inputs))
+    set_thresholds(model, inputs=0.4137, neurons=[0.1193, 0.0])
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base_of(folder), tmp_path / "adapter")
+    assert torch.equal(output(again, inputs), expected)
+    thetas = [(float(layer.theta_x), float(layer.theta_h)) for layer in sparse_layers(again).values()]
+    assert thetas == [(float(layer.theta_x), float(layer.theta_h)) for layer in sparse_layers(model).values()]
+    close(output(again.merge_and_unload(), inputs), expected)

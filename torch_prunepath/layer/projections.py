@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.activations import activate
-from torch_prunepath.layer.ffn import FFNView, bias_of, weight_out_in
+from torch_prunepath.layer.ffn import FFNView, bias_of, is_subclass, weight_out_in
 from torch_prunepath.ops.experts import weigh, zero_inactive
 from torch_prunepath.ops.operators import expert_down, expert_up
 from torch_prunepath.select import keep_counted
@@ -17,11 +17,31 @@ from torch_prunepath.weights import Threshold, UpWeights
 
 
 def is_plain(view: FFNView, *modules: nn.Module | None) -> bool:
-    """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks."""
+    """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks.
+
+    Raises:
+        ValueError: if a weight is shared out over ranks.
+    """
     known: tuple[type, ...] = view.owner.projection_types  # type: ignore[assignment]
     return all(
-        module is None or (any(type(module) is kind for kind in known) and not is_watched(module)) for module in modules
+        module is None
+        or (
+            not is_subclass(getattr(module, "weight", None))  # first, to refuse a shard whatever else there is
+            and any(type(module) is kind for kind in known)
+            and not is_watched(module)
+        )
+        for module in modules
     )
+
+
+def check_whole(*modules: nn.Module | None) -> None:
+    """Refuse projections of which this process holds a part.
+
+    Raises:
+        ValueError: if a weight is shared out over ranks.
+    """
+    for module in modules:
+        is_subclass(getattr(module, "weight", None))
 
 
 def runs_here_and_now(x_TD: Tensor) -> bool:
@@ -62,6 +82,7 @@ def up_by_modules(
 
     What wraps them (LoRA) reads the inputs that count, too.
     """
+    check_whole(view.up, view.gate)
     x_TD = keep_counted(x_TD, inputs)
     up_TF, gate_TF = view.up(x_TD), None
     if view.gate is not None:
@@ -105,6 +126,7 @@ def down_by_modules(
     neurons: Threshold | None = None,
 ) -> Tensor:
     """Let the last projection read every neuron: those that are inactive, or do not count, are 0."""
+    check_whole(view.down)
     h_TF = weigh(keep_counted(h_TF, neurons), weights_TE, size)
     if is_plain(view, view.down) and not torch.is_autocast_enabled(h_TF.device.type):
         h_TF = h_TF.to(weight_out_in(view.down).dtype)  # T5's is float32 whatever the model's

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
-from torch_prunepath.layer.ffn import FFNView, bias_of, site_name, weight_out_in
+from torch_prunepath.config import FFNSpec, Gate, Rule, SparsifyConfig, num_experts
+from torch_prunepath.layer.ffn import FFNView, bias_of, is_subclass, site_name, weight_out_in
 from torch_prunepath.layer.handoff import Chosen, Handoff
 from torch_prunepath.layer.norms import KeepsNorms, column_norms, row_norms
 from torch_prunepath.layer.projections import (
@@ -37,10 +37,10 @@ from torch_prunepath.layer.projections import (
 from torch_prunepath.layer.router import Router
 from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.cpu.packs import Packs
-from torch_prunepath.ops.experts import expand_experts
+from torch_prunepath.ops.experts import expand_experts, weigh, zero_inactive
 from torch_prunepath.ops.operators import select_experts
 from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn
-from torch_prunepath.select import sigmoid_weights
+from torch_prunepath.select import keep_counted, sigmoid_weights
 from torch_prunepath.weights import EVERYTHING, Selector, Threshold, Thresholds, UpWeights
 
 
@@ -149,6 +149,7 @@ class RoutedExperts(KeepsNorms, Swapped):
     theta_h: Tensor
     column_norm_D: Tensor
     budget: float
+    made_with: SparsifyConfig | None = None  # an adapter's config has it instead
     routing_hooks: OrderedDict[int, RoutingHook]
     recorders: tuple[Recorder, ...] = ()
     neuron_hooks: tuple[NeuronHook, ...] = ()
@@ -322,6 +323,12 @@ class SparseUp(RoutedExperts):
         x_TD = x.reshape(-1, shape[-1])
         mask_TE, weights_TE = self.route(x_TD, shape[:-1])
         self.handoff.routing = Chosen(mask_TE, weights_TE, self.theta_h if self.has_norms else None)
+        inputs = self.inputs_threshold
+        if is_subclass(self.weight):
+            h_TF = super().forward(keep_counted(x_TD, inputs))
+            width = self.ffn.ffn_size
+            halves_TF = [zero_inactive(half_TF, mask_TE, self.experts.expert_size) for half_TF in h_TF.split(width, -1)]
+            return torch.cat(halves_TF, dim=-1).reshape(*shape[:-1], h_TF.shape[-1])
         rows, bias = weight_out_in(self), bias_of(self)
         # Fused gate and up: two FFN widths under one mask.
         halves = [(rows, bias)]
@@ -329,7 +336,6 @@ class SparseUp(RoutedExperts):
             biases = (None, None) if bias is None else bias.chunk(2)
             halves = list(zip(rows.chunk(2), biases, strict=True))
         size = self.experts.expert_size
-        inputs = self.inputs_threshold
         h = torch.cat([up_of(x_TD, mask_TE, UpWeights(w, b), "none", size, inputs) for w, b in halves], dim=-1)
         return h.reshape(*shape[:-1], h.shape[-1])
 
@@ -358,7 +364,11 @@ class SparseDown(KeepsNorms, Swapped):
             for hook in self.neuron_hooks:
                 active_TF = expand_experts(mask_TE, self.expert_size, h_TF.shape[1])
                 hook(Neurons(self.name, h_TF, active_TF, neurons, h.shape[:-1]))
-        y_TD = down_of(self, h_TF, mask_TE, weights_TE, self.expert_size, neurons)
+        if is_subclass(self.weight):
+            h_TF = keep_counted(zero_inactive(h_TF, mask_TE, self.expert_size), neurons)
+            y_TD: Tensor = super().forward(weigh(h_TF, weights_TE, self.expert_size))
+        else:
+            y_TD = down_of(self, h_TF, mask_TE, weights_TE, self.expert_size, neurons)
         return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
 
     def weights_with_norms(self) -> Norms:

@@ -47,10 +47,22 @@ def spec_here(name: str, layer: RoutedExperts) -> FFNSpec:
         up, down = _innermost(layer, spec.up), _innermost(layer, spec.down)
         gate = None if spec.gate is None else _innermost(layer, spec.gate)
         return dataclasses.replace(spec, name=name, up=up, gate=gate, down=down)
-    owner, found, inside = f".{name}".rpartition(f".{spec.up}")
+    owner = owner_of(name, layer)
+    return dataclasses.replace(spec, name=owner, up=name.removeprefix(f"{owner}."))
+
+
+def owner_of(name: str, layer: RoutedExperts) -> str:
+    """Name of the module that holds the FFN's projections, of a sparse layer that is called ``name`` by now.
+
+    Raises:
+        ValueError: if something was put between the halves of one that is split.
+    """
+    if not layer.ffn.split:
+        return name
+    owner, found, inside = f".{name}".rpartition(f".{layer.ffn.up}")
     if not found or inside[:1] not in ("", "."):
         raise ValueError(f"{name}: a module was put between it and the FFN that it is a part of: take that off first")
-    return dataclasses.replace(spec, name=owner.removeprefix("."), up=spec.up + inside)
+    return owner.removeprefix(".")
 
 
 def one_a_layer(
@@ -84,6 +96,20 @@ def one_a_layer(
 def norm_keepers(layer: RoutedExperts, view: FFNView) -> list[RoutedExperts | SparseDown]:
     """The modules that keep the norms of one FFN: its sparse layer, and the other half of one that is split."""
     return [layer, view.down] if isinstance(view.down, SparseDown) else [layer]
+
+
+def check_readable(name: str, layer: RoutedExperts, view: FFNView) -> None:
+    """Refuse thresholds for an FFN that has none yet, and whose weights have no norms that can be computed.
+
+    Raises:
+        ValueError: if it is so.
+    """
+    if all(keeper.has_norms or keeper.can_keep_norms() for keeper in norm_keepers(layer, view)):
+        return
+    raise ValueError(
+        f"{name}: thresholds need the norms of its weights, which cannot be read as they are (quantised, sharded or on "
+        "the meta device): set thresholds before that; their values may change afterwards"
+    )
 
 
 @torch.no_grad()
