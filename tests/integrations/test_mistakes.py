@@ -31,6 +31,8 @@ from torch_prunepath import (
     record_sparsity,
     set_sparsity,
     set_tau,
+    set_threshold_shares,
+    set_thresholds,
     sparse_layers,
     sparsify,
 )
@@ -80,6 +82,20 @@ def convert(model: Any, **settings: Any) -> Any:
     return sparsify(model, **{"config": CONFIG, "progress": False, **settings})
 
 
+def quantised(model: Any) -> Any:
+    """A copy whose weights are of another dtype than floating point."""
+    model = copy.deepcopy(model)
+    for layer in sparse_layers(model).values():
+        layer.up_proj.weight = nn.Parameter(layer.up_proj.weight.to(torch.int8), requires_grad=False)
+    return model
+
+
+def with_thresholds(model: Any) -> Any:
+    model = copy.deepcopy(model)
+    set_thresholds(model, inputs=0.5)
+    return describe(model)
+
+
 on_sparse("tau of 0, above 1, or in per cent")(lambda model, _: set_tau(model, 90))
 on_sparse("a target sparsity in per cent")(lambda model, _: set_sparsity(model, 50, token_ids(), progress=False))
 on_sparse("a target sparsity that experts are too large for")(
@@ -87,6 +103,14 @@ on_sparse("a target sparsity that experts are too large for")(
 )
 on_sparse("a list of tau of the wrong length")(lambda model, _: set_tau(model, [0.5, 0.6, 0.7]))
 on_sparse("tau for a layer that is not there")(lambda model, _: set_tau(model, {"layers.0.mlp": 0.5}))
+on_sparse("a threshold that is negative, NaN or infinite")(lambda model, _: set_thresholds(model, inputs=-1.0))
+on_sparse("a threshold that is no number")(lambda model, _: set_thresholds(model, neurons="0.5"))  # type: ignore[arg-type]
+on_sparse("a share in per cent")(lambda model, _: set_threshold_shares(model, token_ids(), inputs=33))
+on_sparse("thresholds without values")(lambda model, _: set_thresholds(model))
+on_sparse("thresholds for weights that cannot be read")(lambda model, _: set_thresholds(quantised(model), inputs=0.5))
+on_sparse("a manifest with thresholds, for a model without weights")(
+    lambda model, _: rebuild(tiny_llama().to("meta"), with_thresholds(model))
+)
 on_dense("a dense model given to what needs a sparse one")(lambda model, _: set_tau(model, 0.5))
 on_sparse("a model made sparse twice")(lambda model, _: convert(model))
 on_dense("a name in place of a model")(lambda model, _: convert("some/name"))
