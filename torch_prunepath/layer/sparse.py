@@ -8,9 +8,10 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,6 +95,16 @@ class Recorder(Protocol):
         self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
     ) -> None:
         """Take notice of a selection."""
+
+
+@contextlib.contextmanager
+def recording(layer: RoutedExperts, recorder: Recorder) -> Iterator[None]:
+    """Inside the context the layer tells the recorder what it does."""
+    layer.recorders = (*layer.recorders, recorder)
+    try:
+        yield
+    finally:
+        layer.recorders = tuple(each for each in layer.recorders if each is not recorder)
 
 
 class Swapped(nn.Module):
@@ -220,7 +231,7 @@ class SparseFFN(RoutedExperts):
         return (
             not torch.is_grad_enabled()
             and not self.training
-            and not self.recorders
+            and len(self.recorders) == 0  # torch.compile cannot negate a tuple
             and self.selection is None
             and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
