@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 HIDDEN, HEADS, WIDTH, LAYERS, VOCABULARY = 32, 4, 64, 2, 128
-IMAGE, PATCH, POSITIONS = 32, 8, 256
-LARGEST = 16_000_000
+IMAGE, PATCH, POSITIONS, EXPERTS = 64, 8, 256, 8
+LARGEST = 50_000_000
 """Parameters of the largest model that is built: more take too long and too much memory for a sweep."""
 
 SIZES: tuple[tuple[str, int], ...] = (
@@ -31,7 +31,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"word_embed_proj_dim|projection_dim|output_dim|\w*_proj_dim|projector_hidden_size|out_hidden_size", HIDDEN),
     (r"image_size|input_size|crop_size", IMAGE),
     (r"patch_size", PATCH),
-    (r"(num_|n_)?(routed_|local_)*experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
+    (r"(num_|n_)?(routed_|local_)*experts|num_local_experts|n_routed_experts|moe_num_experts", EXPERTS),
     (r"num_experts_per_tok|moe_k|top_k_experts|moe_topk", 2),
     (r"max_position_embeddings|n_positions|max_seq_len|n_ctx|max_source_positions|max_target_positions", POSITIONS),
 )  # fmt: skip
@@ -43,10 +43,11 @@ COUNTS = re.compile(r"depths?|\w*(num|n)_?\w*layers?|\w*_layers|\w*num_blocks|\w
 TOKEN = re.compile(r"\w*token_(id|index|ids)|\w*_token")
 KEPT = {
     "small": "(?!)",
+    "two heads": r"head_dim|d_kv|groups|projection_dim",
     "narrow": r"head_dim|heads|d_kv|experts|groups",
     "few layers": r"^(?!.*(vocab|layers?$|^depth$|blocks$))",
 }
-"""Degrees of making a config small, with the names that keep their values: from nothing to all but depth and vocabulary."""
+"""Degrees of making a config small, with the names that keep their values: none to all but depth and vocabulary."""
 
 
 def configs(config_class: type) -> Iterator[tuple[str, Any]]:
@@ -54,19 +55,20 @@ def configs(config_class: type) -> Iterator[tuple[str, Any]]:
     default = config_class()
     for name, kept in KEPT.items():
         try:
-            yield name, config_class.from_dict(_shrunk(default.to_dict(), re.compile(kept)))
+            yield name, config_class.from_dict(_shrunk(default.to_dict(), re.compile(kept), name == "two heads"))
         except Exception:
             continue
     yield "default", default
 
 
-def _shrunk(values: dict[str, Any], kept: re.Pattern[str]) -> dict[str, Any]:
+def _shrunk(values: dict[str, Any], kept: re.Pattern[str], two_heads: bool) -> dict[str, Any]:
     """The same settings with smaller sizes, those of nested configs included."""
+    head = _head(values) if two_heads else 0
     before = {value for name, value in values.items() if isinstance(value, int) and _rule(name) == LAYERS}
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and name.endswith("config"):
-            changed[name] = _shrunk(value, kept)
+            changed[name] = _shrunk(value, kept, two_heads)
         elif isinstance(value, list) and len(value) in before and len(value) > LAYERS:  # one entry a layer
             changed[name] = value[:LAYERS]
         elif isinstance(value, list) and value and COUNTS.fullmatch(name) and all(type(v) is int for v in value):
@@ -74,10 +76,21 @@ def _shrunk(values: dict[str, Any], kept: re.Pattern[str]) -> dict[str, Any]:
         elif TOKEN.fullmatch(name) and isinstance(value, int) and value >= VOCABULARY:
             changed[name] = 100 + sum(name.encode()) % 28
         elif type(value) is int and not kept.search(name):
-            changed[name] = min(value, _rule(name, value))
+            size = _rule(name, value)
+            if head and size in (HEADS, HIDDEN):
+                size = 2 * head if size == HIDDEN else 2
+            changed[name] = min(value, size)
         else:
             changed[name] = value
     return changed
+
+
+def _head(values: dict[str, Any]) -> int:
+    """How wide one attention head is; 0 where the names do not tell."""
+    whole = {_rule(name): value for name, value in reversed(values.items()) if type(value) is int and value}
+    if HIDDEN in whole and HEADS in whole:
+        return whole[HIDDEN] // whole[HEADS]
+    return 0
 
 
 def _rule(name: str, otherwise: int = -1) -> int:
@@ -137,10 +150,10 @@ def requests(model: Any) -> Iterator[dict[str, Any]]:
     main = getattr(model, "main_input_name", "input_ids")
     made = {name: values for name in parameters if (values := _values(name, model.config))}
     first = [name for name in (main, "input_ids", "pixel_values", "input_features", "input_values") if name in made]
-    beside = [name for name in ("decoder_input_ids", "decoder_input_values", "bbox") if name in made]
+    beside = [name for name in ("decoder_input_ids", "decoder_input_values", "bbox", "query_embeds") if name in made]
     media = [name for name in ("pixel_values", "input_features", "input_values") if name in made]
     seen: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(first):
+    for name in dict.fromkeys(first or beside):
         for more in ([], beside, [n for n in media if n != name], [n for n in (*media, *beside) if n != name], [*made]):
             names = tuple(dict.fromkeys((name, *more)))
             if names in seen:
@@ -172,6 +185,8 @@ def _values(name: str, config: Any) -> list[Tensor]:
 
     if name in ("input_ids", "decoder_input_ids"):
         return [torch.randint(3, 99, (2, 12), generator=generator)]
+    if name == "query_embeds":
+        return [noise(2, 4, _find(config, "hidden_size", otherwise=HIDDEN))]
     if name == "bbox":
         return [torch.tensor([1, 2, 3, 4]).expand(2, 12, 4)]
     if name == "pixel_values":
