@@ -20,6 +20,7 @@ from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.manifest import attach, attached, describe
 from torch_prunepath.layer.sparse import RoutingHook, recording
 from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.ops.transforms import is_transformed
 from torch_prunepath.progress import progress_bar
 from torch_prunepath.search import OutOfReach, find_tau
 
@@ -226,7 +227,15 @@ class Counter:
     def note(
         self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
     ) -> None:
-        """A selection was made."""
+        """A selection was made.
+
+        Raises:
+            ValueError: if a transform of torch.func is under way: what is chosen there leaves it with no value.
+        """
+        if is_transformed():
+            raise ValueError(
+                "record_sparsity cannot count inside of a transform of torch.func: call the model outside of it as well"
+            )
         self.tally.add(layer.inactive_neurons(mask_TE), self.tracker.keep(shape))
 
 

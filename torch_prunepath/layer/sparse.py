@@ -40,6 +40,7 @@ from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.cpu.packs import Packs
 from torch_prunepath.ops.operators import select_experts
 from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn
+from torch_prunepath.ops.transforms import is_transformed, transformable
 from torch_prunepath.select import sigmoid_weights
 from torch_prunepath.weights import Selector, UpWeights
 
@@ -150,7 +151,7 @@ class RoutedExperts(Float32Tau, Swapped):
         scores_TE = self.router(x_TD)
         experts = self.experts
         if self.selection is None:
-            mask_TE = select_experts(scores_TE, self.tau, experts.rule, experts.shared)
+            mask_TE = transformable(select_experts)(scores_TE, self.tau, experts.rule, experts.shared)
         else:
             mask_TE = self.selection(scores_TE.detach(), self.tau)
         for hook in self.routing_hooks.values():
@@ -240,6 +241,7 @@ class SparseFFN(RoutedExperts):
             and all(is_idle(self, name) for name in (self.ffn.hidden_dropout, self.ffn.output_dropout))
             and x_TD.dtype == weight_out_in(view.up).dtype == weight_out_in(view.down).dtype
             and not torch.is_autocast_enabled(x_TD.device.type)
+            and not is_transformed()
         )
 
     def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:
