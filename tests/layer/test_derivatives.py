@@ -88,7 +88,7 @@ def test_second_derivatives_are_those_of_the_masked_function(name: str, settings
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:  # scores are float32
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            assert (one - other).norm() <= 1e-5 * other.norm() + 1e-9
 
 
 @pytest.mark.parametrize("name", FFNS)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 HIDDEN, HEADS, WIDTH, LAYERS, VOCABULARY = 32, 4, 64, 2, 128
-IMAGE, PATCH, POSITIONS, EXPERTS = 64, 8, 256, 8
-LARGEST = 50_000_000
+IMAGE, PATCH, POSITIONS, EXPERTS = 64, 16, 256, 8
+LARGEST = 12_000_000
 """Parameters of the largest model that is built: more take too long and too much memory for a sweep."""
 
 SIZES: tuple[tuple[str, int], ...] = (
