@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors
     from torch_prunepath.discover import find_ffns
     from torch_prunepath.experts.fit import fit_routers
     from torch_prunepath.layer import Routing
+    from torch_prunepath.layer.layout import contiguous, neuron_major
     from torch_prunepath.layer.views import sparse_layers
     from torch_prunepath.ops.cpu.packs import Packs
     from torch_prunepath.sparsity import record_sparsity, register_routing_hook, set_sparsity, set_tau
@@ -36,10 +37,12 @@ __all__ = [
     "Packs",
     "Routing",
     "SparsifyConfig",
+    "contiguous",
     "densify",
     "find_ffns",
     "fit_routers",
     "load",
+    "neuron_major",
     "record_sparsity",
     "register_routing_hook",
     "set_sparsity",
@@ -53,10 +56,12 @@ _HOMES = {
     "Packs": "ops.cpu.packs",
     "Routing": "layer",
     "SparsifyConfig": "config",
+    "contiguous": "layer.layout",
     "densify": "conversion",
     "find_ffns": "discover",
     "fit_routers": "experts.fit",
     "load": "checkpoint",
+    "neuron_major": "layer.layout",
     "record_sparsity": "sparsity",
     "register_routing_hook": "sparsity",
     "set_sparsity": "sparsity",

@@ -93,6 +93,14 @@ on_dense("a model in DataParallel")(lambda model, _: convert(nn.DataParallel(mod
 on_dense("a compiled model")(lambda model, _: convert(torch.compile(tiny_llama())))
 
 
+on_sparse("a view of all parameters as one vector, or pruning by torch, or LBFGS")(
+    lambda model, _: nn.utils.parameters_to_vector(model.parameters())
+)
+on_sparse("safetensors' save_file of a state dict")(
+    lambda model, folder: save_file(model.state_dict(), folder / "weights.safetensors")
+)
+
+
 @on_dense("a model with a compiled module")
 def _(model: Model, folder: Path) -> None:
     partly = tiny_llama()
