@@ -1,7 +1,7 @@
 """Every class of transformers' AutoModel mappings, built small: is it right, refused in words, or wrong?
 
     python -m tests.stress.classes --json out.jsonl            # all of them, an hour on one core
-    python -m tests.stress.classes --mapping MODEL_FOR_CAUSAL_LM --only llama,opt
+    python -m tests.stress.classes --mapping MODEL_FOR_CAUSAL_LM --only LlamaForCausalLM,opt
 
 Each class runs in a process of its own, so that a crash or a hang is a line of the table. Checked are: tau = 1 against
 the dense model, every sparse layer at tau = 0.5 against the reference, saving and loading bit by bit, and that
@@ -306,13 +306,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Sweep, print a table, and return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.classes", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--mapping", action="append", default=[], help="MODEL, MODEL_FOR_CAUSAL_LM, ...; all of them")
-    parser.add_argument("--only", default="", help="model types, with commas between")
+    parser.add_argument("--only", default="", help="classes or model types, with commas between")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th class, from the I-th: for N processes")
     parser.add_argument("--json", type=Path, help="a file for one JSON object a class; what it holds is not run again")
     options = parser.parse_args(arguments)
     part, parts = map(int, options.part.split("/"))
     only = set(filter(None, options.only.split(",")))
-    wanted = [entry for entry in entries(options.mapping) if not only or entry.kind in only][part::parts]
+    wanted = [each for each in entries(options.mapping) if not only or {each.kind, each.name} & only][part::parts]
     done = read(options.json) if options.json is not None and options.json.exists() else []
     known = {result.name for result in done}
     torch.set_num_threads(1)

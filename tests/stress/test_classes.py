@@ -87,10 +87,10 @@ def test_a_crash_is_a_line_of_the_table(tmp_path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(classes, "check", lambda entry: os._exit(3))
     file = tmp_path / "out.jsonl"
-    assert main(["--mapping", "MODEL", "--only", "llama", "--json", str(file)]) == 1
+    assert main(["--mapping", "MODEL", "--only", "LlamaModel", "--json", str(file)]) == 1
     (result,) = read(file)
     assert (result.outcome, result.detail) == ("wrong", "the process ended with 3")
-    assert main(["--mapping", "MODEL", "--only", "llama", "--json", str(file)]) == 1  # it is not run again
+    assert main(["--mapping", "MODEL", "--only", "LlamaModel", "--json", str(file)]) == 1  # it is not run again
     assert len(read(file)) == 1
     assert "| MODEL | 0 | 0 | 0 | 1 |" in capsys.readouterr().out
     assert "| all | 1 | 0 | 0 | 0 |" in table([Result("MODEL", "a", "A", "right", "")])
