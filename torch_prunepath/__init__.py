@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors
     from torch_prunepath.experts.fit import fit_routers
     from torch_prunepath.layer import Routing
     from torch_prunepath.layer.layout import contiguous, neuron_major
+    from torch_prunepath.layer.manifest import Manifest
+    from torch_prunepath.layer.rebuild import rebuild
+    from torch_prunepath.layer.saving import describe
     from torch_prunepath.layer.views import sparse_layers
     from torch_prunepath.ops.cpu.packs import Packs
     from torch_prunepath.sparsity import record_sparsity, register_routing_hook, set_sparsity, set_tau
@@ -34,15 +37,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FFNSpec",
+    "Manifest",
     "Packs",
     "Routing",
     "SparsifyConfig",
     "contiguous",
     "densify",
+    "describe",
     "find_ffns",
     "fit_routers",
     "load",
     "neuron_major",
+    "rebuild",
     "record_sparsity",
     "register_routing_hook",
     "set_sparsity",
@@ -53,15 +59,18 @@ __all__ = [
 
 _HOMES = {
     "FFNSpec": "config",
+    "Manifest": "layer.manifest",
     "Packs": "ops.cpu.packs",
     "Routing": "layer",
     "SparsifyConfig": "config",
     "contiguous": "layer.layout",
     "densify": "conversion",
+    "describe": "layer.saving",
     "find_ffns": "discover",
     "fit_routers": "experts.fit",
     "load": "checkpoint",
     "neuron_major": "layer.layout",
+    "rebuild": "layer.rebuild",
     "record_sparsity": "sparsity",
     "register_routing_hook": "sparsity",
     "set_sparsity": "sparsity",
@@ -101,5 +110,9 @@ if all((_HERE.parent / name / "__init__.py").is_file() and not (_HERE / name).ex
 # Makes from_pretrained know sparse checkpoints. This module of transformers takes a second to import, and it is there
 # whenever a model class is.
 on_import("transformers.quantizers.auto", lambda: importlib.import_module("torch_prunepath.integrations.transformers"))
+on_import(
+    "transformers.modeling_utils",
+    lambda: importlib.import_module("torch_prunepath.integrations.transformers_saving").install(),
+)
 if "torch" in sys.modules:
     importlib.import_module("torch_prunepath.ops")  # registers torch.ops.prunepath

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from torch_prunepath.config import check_sparsity, check_tau
 from torch_prunepath.inputs.data import evaluating, iterate_inputs
+from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.layer.manifest import attach, attached, describe
+from torch_prunepath.layer.saving import refresh
 from torch_prunepath.layer.sparse import RoutingHook, recording
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.ops.transforms import is_transformed
@@ -63,9 +64,7 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
     with torch.no_grad():
         for name, value in values.items():
             layers[name].tau.fill_(value)
-    manifest = attached(model)
-    if manifest is not None:
-        attach(model, describe(model, manifest.config))
+    refresh(model)
 
 
 def register_routing_hook(model: nn.Module, fn: RoutingHook) -> Handles:
@@ -195,10 +194,15 @@ class SparsityRecord:
 
 
 @contextlib.contextmanager
-def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
+def record_sparsity(model: nn.Module, *, front_tokens: int = 0) -> Iterator[SparsityRecord]:
     """Count active neurons while the context is open; costs nothing outside it. Padding tokens do not count.
 
     A compiled model stays compiled: recording has a graph of its own, the same one each time.
+
+    Args:
+        model: a sparse model.
+        front_tokens: how many of the first tokens of each row do not count either: those that the tokenizer puts in
+            front of every text, such as a beginning-of-sequence token. For whole rows, not for steps of decoding.
 
     Example::
 
@@ -211,7 +215,7 @@ def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
     """
     layers = sparse_layers(model).values()
     record = SparsityRecord()
-    with PaddingTracker(model) as tracker, contextlib.ExitStack() as stack:
+    with PaddingTracker(model, front_tokens) as tracker, contextlib.ExitStack() as stack:
         for layer in layers:
             tally = record.tally(layer.name, layer.ffn.ffn_size, _device(layer))
             stack.enter_context(recording(layer, Counter(tally, tracker)))
@@ -303,7 +307,7 @@ def _out_of_reach(target: float, most: float, shared: bool) -> ValueError:
 
 def measure_sparsity(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
     """Realised sparsity over batches of model inputs, in evaluation mode."""
-    with evaluating(model), record_sparsity(model) as record:
+    with evaluating(model), record_sparsity(model, front_tokens=front_of(batches)) as record:
         for batch in batches:
-            model(**batch)
+            model(**for_model(batch))
     return record.sparsity

@@ -20,6 +20,7 @@ from torch_prunepath.console.plot import new_figure
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
 from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch, load_gguf, load_model, longest_context
 from torch_prunepath.evaluation.perplexity import decode_speed, perplexity
+from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.sparsity import SparsityRecord
 
 PROMPT = "The Python programming language is"
@@ -51,7 +52,7 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
-        rows, records = _measure(model, fit_NC, test_NC, taus, config)
+        rows, records = _measure(model, fit_NC, test_NC, taus, config, front_tokens(tokenizer))
         tau = taus[len(taus) // 2]
         results: dict[str, Any] = {
             "command": "quickstart",
@@ -104,7 +105,7 @@ def _on_card(rows: Sequence[dict[str, Any]], tau: float) -> dict[str, str]:
 
 
 def _measure(
-    model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], config: Any
+    model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], config: Any, front: int
 ) -> tuple[list[dict[str, Any]], dict[float, SparsityRecord]]:
     """Make the model sparse; return a row for the dense model and one for each tau, and the records of each tau."""
     import torch_prunepath
@@ -122,16 +123,16 @@ def _measure(
             "tokens_per_second": round(speed, 2),
         }
 
-    dense = perplexity(model, test_NC, title="dense: perplexity")
+    dense = perplexity(model, test_NC, front_tokens=front, title="dense: perplexity")
     rows = [row("dense", 1.0, 0.0, dense)]
     say("building experts and fitting routers")
-    torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=[fit_NC])
+    torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=as_batch(fit_NC, front))
     records = {}
     for tau in taus:
         torch_prunepath.set_tau(model, tau)
         name = f"tau {tau:g}"
-        with torch_prunepath.record_sparsity(model) as record:
-            quality = perplexity(model, test_NC, title=f"{name}: perplexity")
+        with torch_prunepath.record_sparsity(model, front_tokens=front) as record:
+            quality = perplexity(model, test_NC, front_tokens=front, title=f"{name}: perplexity")
         records[tau] = record
         rows.append(row(name, tau, record.sparsity, quality))
     return rows, records
