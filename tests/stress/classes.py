@@ -217,14 +217,14 @@ def _compare(what: str, found: list[Tensor], expected: list[Tensor], tolerance: 
 
 
 def _compare_layers(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Every call of every sparse layer against the reference."""
+    """Every call of every sparse layer against the reference; copies, because models add to outputs in place."""
     layers, views = torch_prunepath.sparse_layers(model), sparse_views(model)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = []
     for name, layer in layers.items():
         last = views[name].down if layer.ffn.split else layer
-        handles.append(layer.register_forward_pre_hook(lambda _, args, n=name: seen[n].append(args[0])))
-        handles.append(last.register_forward_hook(lambda _, args, output, n=name: seen[n].append(output)))
+        handles.append(layer.register_forward_pre_hook(lambda _, args, n=name: seen[n].append(args[0].clone())))
+        handles.append(last.register_forward_hook(lambda _, args, output, n=name: seen[n].append(output.clone())))
     _step("a call with hooks", lambda: answers(model, inputs))
     for handle in handles:
         handle.remove()
@@ -287,11 +287,11 @@ def check_apart(entry: Entry) -> Result:
     process = fork.Process(target=_answer, args=(entry, theirs))
     process.start()
     theirs.close()
-    failed = "no answer"
+    outcome, failed = "wrong", "no answer"
     try:
         if ours.poll(SECONDS):
             return ours.recv()  # type: ignore[no-any-return]
-        failed = f"more than {SECONDS} s"
+        outcome, failed = "not built", f"more than {SECONDS} s"
     except EOFError:
         process.join()
         failed = f"the process ended with {process.exitcode}"
@@ -299,7 +299,7 @@ def check_apart(entry: Entry) -> Result:
         if process.is_alive():
             process.kill()
         process.join()
-    return Result(entry.mapping, entry.kind, entry.name, "wrong", failed)
+    return Result(entry.mapping, entry.kind, entry.name, outcome, failed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
