@@ -106,7 +106,11 @@ def recording(layer: RoutedExperts, recorder: Recorder) -> Iterator[None]:
     try:
         yield
     finally:
-        layer.recorders = tuple(each for each in layer.recorders if each is not recorder)
+        others = tuple(each for each in layer.recorders if each is not recorder)
+        if others:
+            layer.recorders = others
+        else:  # as it was, also for what torch.compile knows of the layer
+            layer.__dict__.pop("recorders", None)
 
 
 class Swapped(nn.Module):
