@@ -339,8 +339,8 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         h_TF = h.reshape(-1, h.shape[-1]).masked_fill(~active_TF, 0.0)
         if theta_h is not None:
             neurons = Threshold(theta_h, self.norm("row_norm_F"))
-            for hook in self.neuron_hooks:
-                hook(Neurons(self.name, h_TF, active_TF, neurons, h.shape[:-1]))
+            for recorder in self.neuron_recorders:
+                recorder.note_neurons(Neurons(h_TF, active_TF, neurons, h.shape[:-1]))
             h_TF = keep_counted(h_TF, neurons)
         if weights_TE is not None:
             h_TF = h_TF * weights_TE.index_select(1, expert_of_F).to(h_TF.dtype)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,11 @@ from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.manifest import Manifest
 from torch_prunepath.layer.reference import count_reference, norms_reference, sparse_ffn_reference
 from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.sparse import Neurons
 from torch_prunepath.layer.swap import Swap, make_routed
-from torch_prunepath.layer.views import sparse_views
+from torch_prunepath.layer.views import recording_neurons, sparse_views
 from torch_prunepath.ops.experts import expand_experts
 from torch_prunepath.select import keep_counted, uncounted
-from torch_prunepath.shares import neuron_hooks
 from torch_prunepath.weights import Threshold
 
 ALL = {**ARCHITECTURES, **HAND_WRITTEN}
@@ -64,6 +67,7 @@ def output_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0]), min_size=1, max_size=9),
     norm=st.floats(0, 10, width=32),
@@ -497,6 +501,11 @@ def test_shares_are_met_and_recorded(name: str) -> None:
     assert record.shares.experts == pytest.approx(1 - record.sparsity, abs=0.05), "last experts are smaller"
 
 
+class Noting:
+    def __init__(self, note: Callable[[Neurons], None]) -> None:
+        self.note_neurons = note
+
+
 class Counted:
     """Shares by hand, one neuron at a time."""
 
@@ -505,14 +514,17 @@ class Counted:
         self.layers = {layer.name: layer for layer in sparse_layers(model).values()}
         self.keep = slice(None) if keep is None else keep.reshape(-1).bool()
         self.routing: dict[str, Routing] = {}
-        with register_routing_hook(model, self.see), neuron_hooks(model, self.count), torch.no_grad():
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            stack.enter_context(register_routing_hook(model, self.see))
+            for layer, view in zip(sparse_layers(model).values(), sparse_views(model).values(), strict=True):
+                stack.enter_context(recording_neurons(layer, view, Noting(partial(self.count, layer.name))))
             output_of(model, inputs)
 
     def see(self, routing: Routing) -> None:
         self.routing[routing.name] = routing
 
-    def count(self, neurons) -> None:  # type: ignore[no-untyped-def]
-        routing, layer = self.routing[neurons.name], self.layers[neurons.name]
+    def count(self, name: str, neurons: Neurons) -> None:
+        routing, layer = self.routing[name], self.layers[name]
         active = neurons.active_TF[self.keep].double()
         size = (neurons.h_TF * neurons.threshold.norm_N).abs()[self.keep]
         counted = active * (size >= layer.theta_h)
@@ -520,7 +532,7 @@ class Counted:
         gated = 2 if layer.ffn.gated else 1
         one = layer.ffn.ffn_size * layer.ffn.hidden_size
         read = gated * one * active.mean(1) * inputs + one * counted.mean(1) + layer.router.weight.numel()
-        self.shares[neurons.name] = (
+        self.shares[name] = (
             float(routing.mask_TE[self.keep].double().mean()),
             float(inputs.mean()),
             float(counted.sum() / active.sum()),
@@ -546,7 +558,7 @@ def test_nothing_stays_behind_a_record() -> None:
         set_thresholds(model, inputs=0.1, neurons=0.1)
         with record_sparsity(model), torch.no_grad():
             output_of(model, inputs)
-        assert not any(getattr(module, "neuron_hooks", ()) for module in model.modules())
+        assert not any(getattr(module, "neuron_recorders", ()) for module in model.modules())
 
 
 def test_exact_zeros_are_left_out_first() -> None:

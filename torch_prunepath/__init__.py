@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors
     from torch_prunepath.discover import find_ffns
     from torch_prunepath.experts.fit import fit_routers
     from torch_prunepath.layer import Routing
+    from torch_prunepath.layer.layout import contiguous, neuron_major
     from torch_prunepath.layer.manifest import Manifest
     from torch_prunepath.layer.rebuild import rebuild
     from torch_prunepath.layer.saving import describe
@@ -43,11 +44,13 @@ __all__ = [
     "Routing",
     "Shares",
     "SparsifyConfig",
+    "contiguous",
     "densify",
     "describe",
     "find_ffns",
     "fit_routers",
     "load",
+    "neuron_major",
     "rebuild",
     "record_sparsity",
     "register_routing_hook",
@@ -66,11 +69,13 @@ _HOMES = {
     "Routing": "layer",
     "Shares": "shares",
     "SparsifyConfig": "config",
+    "contiguous": "layer.layout",
     "densify": "conversion",
     "describe": "layer.saving",
     "find_ffns": "discover",
     "fit_routers": "experts.fit",
     "load": "checkpoint",
+    "neuron_major": "layer.layout",
     "rebuild": "layer.rebuild",
     "record_sparsity": "sparsity",
     "register_routing_hook": "sparsity",

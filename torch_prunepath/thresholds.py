@@ -5,26 +5,32 @@ What they mean is defined in :mod:`torch_prunepath.select`. Shapes: T tokens, D 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_prunepath.config import LARGEST_THRESHOLD, check_threshold
 from torch_prunepath.inputs.data import Inputs, evaluating, iterate_inputs
 from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
-from torch_prunepath.layer import Routing
+from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.layer.hooks import eagerly
 from torch_prunepath.layer.saving import refresh
-from torch_prunepath.layer.sparse import Neurons
-from torch_prunepath.layer.views import check_readable, one_a_layer, sparse_layers, sparse_views, write_thresholds
+from torch_prunepath.layer.sparse import Neurons, recording
+from torch_prunepath.layer.views import (
+    check_readable,
+    one_a_layer,
+    recording_neurons,
+    sparse_layers,
+    sparse_views,
+    write_thresholds,
+)
 from torch_prunepath.progress import progress_bar
 from torch_prunepath.quantiles import Sample
-from torch_prunepath.shares import neuron_hooks
-from torch_prunepath.sparsity import register_routing_hook
 
 Value = float | Sequence[float] | Mapping[str, float]
 """One number for all layers, one a layer in module order, or some layers' by name."""
@@ -87,7 +93,7 @@ def _values(layers: Mapping[str, Any], value: Any, check: Any, of: str) -> dict[
     return dict.fromkeys(layers, check(value)) if values is None else values
 
 
-@contextmanager
+@contextlib.contextmanager
 def without_thresholds(model: nn.Module) -> Iterator[None]:
     """Let every input and every neuron count while the context is open."""
     thetas = [theta for layer in sparse_layers(model).values() for theta in (layer.theta_x, layer.theta_h)]
@@ -166,45 +172,56 @@ def _thresholds(shares: Mapping[str, float], samples: Mapping[str, Sample]) -> d
     return found
 
 
+class _InputWatch:
+    """A recorder that samples one layer's inputs as their threshold compares them."""
+
+    def __init__(self, tracker: PaddingTracker) -> None:
+        self.sample, self._tracker = Sample(SAMPLED), tracker
+
+    def note(
+        self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
+    ) -> None:
+        threshold, keep_T = layer.inputs_threshold, self._tracker.keep(shape)
+        if threshold is not None:
+            self.sample.add((x_TD if keep_T is None else x_TD[keep_T]).float() * threshold.norm_N)
+
+
+class _NeuronWatch:
+    """A recorder that samples the neurons of one layer's active experts as their threshold compares them."""
+
+    def __init__(self, tracker: PaddingTracker) -> None:
+        self.sample, self._tracker = Sample(SAMPLED), tracker
+
+    def note_neurons(self, neurons: Neurons) -> None:
+        keep_T, active_TF = self._tracker.keep(neurons.shape), neurons.active_TF
+        active_TF = active_TF if keep_T is None else active_TF & keep_T.unsqueeze(-1)
+        self.sample.add((neurons.h_TF.float() * neurons.threshold.norm_N)[active_TF])
+
+
 def _input_samples(model: nn.Module, data: Sequence[Inputs], bar: Any) -> dict[str, Sample]:
-    """Magnitudes of inputs, as the threshold compares them, by layer."""
-    layers = sparse_layers(model)
-    samples = {name: Sample(SAMPLED) for name in layers}
-    named = {layer.name: (layer, samples[name]) for name, layer in layers.items()}
-    with PaddingTracker(model, front_of(data)) as tracker:
-
-        def watch(routing: Routing) -> None:
-            layer, sample = named[routing.name]
-            threshold, keep_T = layer.inputs_threshold, tracker.keep(routing.shape)
-            if threshold is not None:
-                x_TD = routing.x_TD if keep_T is None else routing.x_TD[keep_T]
-                sample.add(x_TD.float() * threshold.norm_N)
-
-        with register_routing_hook(model, watch):
-            _run(model, data, bar)
-    return samples
+    """Magnitudes of inputs by layer."""
+    with PaddingTracker(model, front_of(data)) as tracker, contextlib.ExitStack() as stack:
+        watches = {name: _InputWatch(tracker) for name in sparse_layers(model)}
+        for name, layer in sparse_layers(model).items():
+            stack.enter_context(recording(layer, watches[name]))
+        _run(model, data, bar)
+    return {name: watch.sample for name, watch in watches.items()}
 
 
 def _neuron_samples(model: nn.Module, data: Sequence[Inputs], bar: Any) -> dict[str, Sample]:
-    """Magnitudes of the neurons of active experts, as the threshold compares them, by layer."""
-    layers = sparse_layers(model)
-    samples = {name: Sample(SAMPLED) for name in layers}
-    named = {layer.name: samples[name] for name, layer in layers.items()}
-    with PaddingTracker(model, front_of(data)) as tracker:
-
-        def watch(neurons: Neurons) -> None:
-            keep_T, active_TF = tracker.keep(neurons.shape), neurons.active_TF
-            active_TF = active_TF if keep_T is None else active_TF & keep_T.unsqueeze(-1)
-            named[neurons.name].add((neurons.h_TF.float() * neurons.threshold.norm_N)[active_TF])
-
-        with neuron_hooks(model, watch):
-            _run(model, data, bar)
-    return samples
+    """Magnitudes of the neurons of active experts, by layer."""
+    views = sparse_views(model)
+    with PaddingTracker(model, front_of(data)) as tracker, contextlib.ExitStack() as stack:
+        watches = {name: _NeuronWatch(tracker) for name in views}
+        for name, layer in sparse_layers(model).items():
+            stack.enter_context(recording_neurons(layer, views[name], watches[name]))
+        _run(model, data, bar)
+    return {name: watch.sample for name, watch in watches.items()}
 
 
 @torch.no_grad()
 def _run(model: nn.Module, data: Sequence[Inputs], bar: Any) -> None:
-    with evaluating(model):
+    with evaluating(model), eagerly():
         for batch in data:
             model(**for_model(batch))
             bar.update()

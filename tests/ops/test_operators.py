@@ -210,7 +210,7 @@ def test_gradients_with_thresholds(gated: bool) -> None:
     naive_h = naive_up(torch.where(off_x, 0, x), mask, up, up_b, gate, gate_b, "silu", S)
     naive_y = naive_down(torch.where(off_h, 0, h), mask, downs[3], down, bias, S)
     for run, leaves, expected in ((run_up, ups, naive_h), (run_down, downs, naive_y)):
-        assert torch.autograd.gradcheck(run, leaves)
+        assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
         grad = torch.randn_like(expected)
         found = torch.autograd.grad(run(*leaves), leaves, grad)
         torch.testing.assert_close(found, torch.autograd.grad(expected, leaves, grad))

@@ -12,6 +12,7 @@ from torch_prunepath.activations import activate
 from torch_prunepath.layer.ffn import FFNView, bias_of, is_subclass, weight_out_in
 from torch_prunepath.ops.experts import weigh, zero_inactive
 from torch_prunepath.ops.operators import expert_down, expert_up
+from torch_prunepath.ops.transforms import transformable
 from torch_prunepath.select import keep_counted
 from torch_prunepath.weights import Threshold, UpWeights
 
@@ -100,7 +101,7 @@ def up_of(
     if inputs is not None and torch.is_autocast_enabled(x_TD.device.type):
         x_TD, inputs = keep_counted(x_TD, inputs), None  # as they are, not as autocast rounds them
     x, *cast = _autocast(x_TD, *weights)
-    return expert_up(x, mask_TE, *cast, activation, size, *(inputs or ()))
+    return transformable(expert_up)(x, mask_TE, *cast, activation, size, *(inputs or ()))
 
 
 def down(
@@ -148,7 +149,8 @@ def down_of(
     h, weight_DF, bias_D = _autocast(h_TF, weight_out_in(module), bias_of(module))
     assert h is not None and weight_DF is not None
     # T5 keeps its last projection in float32 whatever the model's dtype.
-    return expert_down(h.to(weight_DF.dtype), mask_TE, weights_TE, weight_DF.t(), bias_D, size, *(neurons or ()))
+    h = h.to(weight_DF.dtype)
+    return transformable(expert_down)(h, mask_TE, weights_TE, weight_DF.t(), bias_D, size, *(neurons or ()))
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:

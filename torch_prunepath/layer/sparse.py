@@ -8,9 +8,10 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ from torch_prunepath.ops.cpu.packs import Packs
 from torch_prunepath.ops.experts import expand_experts, weigh, zero_inactive
 from torch_prunepath.ops.operators import select_experts
 from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn
+from torch_prunepath.ops.transforms import is_transformed, transformable
 from torch_prunepath.select import keep_counted, sigmoid_weights
 from torch_prunepath.weights import EVERYTHING, Selector, Threshold, Thresholds, UpWeights
 
@@ -87,25 +89,27 @@ RoutingHook = Callable[[Routing], Tensor | None]
 
 @dataclass(frozen=True)
 class Neurons:
-    """What one layer's neurons answered in one call, before their threshold; given to neuron hooks.
+    """What one layer's neurons answered in one call, before their threshold.
 
     Attributes:
-        name: qualified name of the sparse layer.
         h_TF: hidden activations, before their experts' weights.
         active_TF: bool, those of active experts.
         threshold: which of them count.
         shape: the activations' leading dimensions, usually (batch, sequence); their product is T.
     """
 
-    name: str
     h_TF: Tensor
     active_TF: Tensor
     threshold: Threshold
     shape: tuple[int, ...]
 
 
-NeuronHook = Callable[[Neurons], None]
-"""Watches the neurons of a layer that has a threshold on them."""
+class NeuronRecorder(Protocol):
+    """Watches the neurons of a layer that has a threshold on them; torch.compile traces it with the layer."""
+
+    def note_neurons(self, neurons: Neurons) -> None:
+        """Take notice of what they answered."""
+
 
 Norms = Mapping[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]
 """Norms by name: the function that computes each, and the weights that it is computed of."""
@@ -121,6 +125,20 @@ class Recorder(Protocol):
         self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
     ) -> None:
         """Take notice of a selection."""
+
+
+@contextlib.contextmanager
+def recording(layer: RoutedExperts, recorder: Recorder) -> Iterator[None]:
+    """Inside the context the layer tells the recorder what it does."""
+    layer.recorders = (*layer.recorders, recorder)
+    try:
+        yield
+    finally:
+        others = tuple(each for each in layer.recorders if each is not recorder)
+        if others:
+            layer.recorders = others
+        else:  # as it was, also for what torch.compile knows of the layer
+            layer.__dict__.pop("recorders", None)
 
 
 class Swapped(nn.Module):
@@ -152,7 +170,7 @@ class RoutedExperts(KeepsNorms, Swapped):
     made_with: SparsifyConfig | None = None  # an adapter's config has it instead
     routing_hooks: OrderedDict[int, RoutingHook]
     recorders: tuple[Recorder, ...] = ()
-    neuron_hooks: tuple[NeuronHook, ...] = ()
+    neuron_recorders: tuple[NeuronRecorder, ...] = ()
     selection: SelectionRule | None = None  # in the place of experts.rule
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,7 +200,7 @@ class RoutedExperts(KeepsNorms, Swapped):
         scores_TE = self.router(x_TD)
         experts = self.experts
         if self.selection is None:
-            mask_TE = select_experts(scores_TE, self.tau, experts.rule, experts.shared)
+            mask_TE = transformable(select_experts)(scores_TE, self.tau, experts.rule, experts.shared)
         else:
             mask_TE = self.selection(scores_TE.detach(), self.tau)
         for hook in self.routing_hooks.values():
@@ -256,9 +274,9 @@ class SparseFFN(RoutedExperts):
         if self.ffn.hidden_dropout is not None:
             h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
         if neurons is not None:
-            for hook in self.neuron_hooks:
+            for recorder in self.neuron_recorders:
                 active_TF = expand_experts(mask_TE, self.experts.expert_size, self.ffn.ffn_size)
-                hook(Neurons(self.name, h_TF, active_TF, neurons, shape[:-1]))
+                recorder.note_neurons(Neurons(h_TF, active_TF, neurons, shape[:-1]))
         y_TD = run_down(view, h_TF, mask_TE, weights_TE, self.experts.expert_size, neurons)
         if self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
@@ -287,8 +305,8 @@ class SparseFFN(RoutedExperts):
         return (
             not torch.is_grad_enabled()
             and not self.training
-            and not self.recorders
-            and not self.neuron_hooks
+            and len(self.recorders) == 0  # torch.compile cannot negate a tuple
+            and len(self.neuron_recorders) == 0
             and self.selection is None
             and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
@@ -297,6 +315,7 @@ class SparseFFN(RoutedExperts):
             and all(is_idle(self, name) for name in (self.ffn.hidden_dropout, self.ffn.output_dropout))
             and x_TD.dtype == weight_out_in(view.up).dtype == weight_out_in(view.down).dtype
             and not torch.is_autocast_enabled(x_TD.device.type)
+            and not is_transformed()
         )
 
     def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:
@@ -350,8 +369,7 @@ class SparseDown(KeepsNorms, Swapped):
     row_norm_F: Tensor
     handoff: Handoff
     expert_size: int
-    name: str = ""  # of the FFN's fc1, once neuron hooks ask for it
-    neuron_hooks: tuple[NeuronHook, ...] = ()
+    neuron_recorders: tuple[NeuronRecorder, ...] = ()
 
     def forward(self, h: Tensor) -> Tensor:
         """Output of fc2: ``[..., F] -> [..., D]``."""
@@ -361,9 +379,9 @@ class SparseDown(KeepsNorms, Swapped):
         h_TF, neurons = h.reshape(-1, h.shape[-1]), None
         if theta_h is not None:
             neurons = Threshold(theta_h, self.norm("row_norm_F"))
-            for hook in self.neuron_hooks:
+            for recorder in self.neuron_recorders:
                 active_TF = expand_experts(mask_TE, self.expert_size, h_TF.shape[1])
-                hook(Neurons(self.name, h_TF, active_TF, neurons, h.shape[:-1]))
+                recorder.note_neurons(Neurons(h_TF, active_TF, neurons, h.shape[:-1]))
         if is_subclass(self.weight):
             h_TF = keep_counted(zero_inactive(h_TF, mask_TE, self.expert_size), neurons)
             y_TD: Tensor = super().forward(weigh(h_TF, weights_TE, self.expert_size))

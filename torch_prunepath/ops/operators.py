@@ -24,6 +24,7 @@ from torch import Tensor
 from torch_prunepath.activations import ACTIVATION_BACKWARDS, ACTIVATIONS, activate
 from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.experts import expand_experts, expert_sums, weigh, zero_inactive
+from torch_prunepath.ops.transforms import differentiable_gradients
 from torch_prunepath.rms import inverse_rms
 from torch_prunepath.select import keep_counted, mask_from_scores, uncounted
 from torch_prunepath.weights import Threshold, UpWeights
@@ -100,15 +101,18 @@ def _(grad_TE, x_TD, router_ED, needs, router_norm=False):  # type: ignore[no-un
 
 def _router_scores_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x_TD, router_ED, router_bias_E, ctx.router_norm = inputs
-    ctx.bias_dtype = None if router_bias_E is None else router_bias_E.dtype
-    ctx.save_for_backward(x_TD, router_ED)
+    ctx.save_for_backward(x_TD, router_ED, router_bias_E)
 
 
 def _router_scores_autograd(ctx, grad_TE):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():  # create_graph=True
+        inputs = (*ctx.saved_tensors, ctx.router_norm)
+        return differentiable_gradients(router_scores, inputs, ctx.needs_input_grad, grad_TE)
+    x_TD, router_ED, router_bias_E = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = router_scores_backward(grad_TE, *ctx.saved_tensors, needs, ctx.router_norm)
+    grads = router_scores_backward(grad_TE, x_TD, router_ED, needs, ctx.router_norm)
     x, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return x, weight, None if bias is None else bias.to(ctx.bias_dtype), None
+    return x, weight, None if bias is None else bias.to(router_bias_E.dtype), None
 
 
 router_scores.register_autograd(_router_scores_autograd, setup_context=_router_scores_setup)
@@ -250,6 +254,10 @@ def _expert_up_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _expert_up_autograd(ctx, grad_TF):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():  # create_graph=True
+        *tensors, theta_x, column_norm_D = ctx.saved_tensors
+        inputs = (*tensors, ctx.activation, ctx.expert_size, theta_x, column_norm_D)
+        return differentiable_gradients(expert_up, inputs, ctx.needs_input_grad, grad_TF)
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]
     *tensors, theta_x, column_norm_D = ctx.saved_tensors
     how = (ctx.activation, ctx.expert_size, needs, theta_x, column_norm_D)
@@ -353,14 +361,19 @@ def _(grad_TD, h_TF, mask_TE, weights_TE, down_FD, expert_size, needs, *neurons)
 
 
 def _expert_down_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    h_TF, mask_TE, weights_TE, down_FD, _, ctx.expert_size, theta_h, row_norm_F = inputs
-    ctx.save_for_backward(h_TF, mask_TE, weights_TE, down_FD, theta_h, row_norm_F)
+    *tensors, ctx.expert_size, theta_h, row_norm_F = inputs
+    ctx.save_for_backward(*tensors, theta_h, row_norm_F)
 
 
 def _expert_down_autograd(ctx, grad_TD):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():  # create_graph=True
+        *tensors, theta_h, row_norm_F = ctx.saved_tensors
+        inputs = (*tensors, ctx.expert_size, theta_h, row_norm_F)
+        return differentiable_gradients(expert_down, inputs, ctx.needs_input_grad, grad_TD)
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
-    *tensors, theta_h, row_norm_F = ctx.saved_tensors
-    grads = expert_down_backward(grad_TD, *tensors, ctx.expert_size, needs, theta_h, row_norm_F)
+    h_TF, mask_TE, weights_TE, down_FD, _, theta_h, row_norm_F = ctx.saved_tensors
+    how = (ctx.expert_size, needs, theta_h, row_norm_F)
+    grads = expert_down_backward(grad_TD, h_TF, mask_TE, weights_TE, down_FD, *how)
     h, weights, down, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return h, None, weights, down, bias, None, None, None
 
