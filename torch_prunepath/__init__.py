@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch_prunepath.on_import import on_import
 
 if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors
+    from torch_prunepath.budget import set_budget
     from torch_prunepath.checkpoint import load
     from torch_prunepath.config import FFNSpec, SparsifyConfig
     from torch_prunepath.conversion import densify, sparsify
@@ -54,6 +55,7 @@ __all__ = [
     "rebuild",
     "record_sparsity",
     "register_routing_hook",
+    "set_budget",
     "set_sparsity",
     "set_tau",
     "set_threshold_shares",
@@ -79,6 +81,7 @@ _HOMES = {
     "rebuild": "layer.rebuild",
     "record_sparsity": "sparsity",
     "register_routing_hook": "sparsity",
+    "set_budget": "budget",
     "set_sparsity": "sparsity",
     "set_tau": "sparsity",
     "set_threshold_shares": "thresholds",

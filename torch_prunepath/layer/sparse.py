@@ -13,7 +13,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,20 @@ class ExpertsSpec:
     gate: Gate = "one"
     gate_offset: float = 0.0
     shared: int = 0
+
+
+class Knot(NamedTuple):
+    """A place on the path along which a model's budget moves; see :func:`torch_prunepath.set_budget`.
+
+    Attributes:
+        bytes: share of all FFNs' bytes that a token reads there.
+        tau, theta_x, theta_h: what the layer is set to there.
+    """
+
+    bytes: float
+    tau: float
+    theta_x: float
+    theta_h: float
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,7 @@ class RoutedExperts(KeepsNorms, Swapped):
     budget: float
     made_with: SparsifyConfig | None = None  # an adapter's config has it instead
     routing_hooks: OrderedDict[int, RoutingHook]
+    path: tuple[Knot, ...] | None = None  # what set_budget measured
     recorders: tuple[Recorder, ...] = ()
     neuron_recorders: tuple[NeuronRecorder, ...] = ()
     selection: SelectionRule | None = None  # in the place of experts.rule
