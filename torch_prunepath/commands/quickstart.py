@@ -20,6 +20,7 @@ from torch_prunepath.console.plot import new_figure
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
 from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch, load_gguf, load_model, longest_context
 from torch_prunepath.evaluation.perplexity import decode_speed, perplexity
+from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.sparsity import SparsityRecord
 
@@ -52,6 +53,7 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
+        check_ids(fit_NC, model, tokenizer, "the text")
         rows, records = _measure(model, fit_NC, test_NC, taus, config, front_tokens(tokenizer))
         tau = taus[len(taus) // 2]
         results: dict[str, Any] = {

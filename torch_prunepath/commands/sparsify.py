@@ -14,6 +14,7 @@ from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
 from torch_prunepath.evaluation.make_sparse import reach_sparsity
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
+from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch, front_tokens
 
 
@@ -32,6 +33,7 @@ def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
+        check_ids(fit_NC, model, tokenizer, "the text")
         front = front_tokens(tokenizer)
         results: dict[str, Any] = {
             "command": "sparsify",

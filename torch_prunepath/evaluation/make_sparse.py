@@ -18,6 +18,7 @@ from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.conversion import sparsify
 from torch_prunepath.evaluation.corpus import CONTEXT, Corpus, load_corpus, windows
 from torch_prunepath.evaluation.models import longest_context
+from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.views import sparse_layers
@@ -76,10 +77,13 @@ def fit_windows(corpus: Corpus, model: Any, tokenizer: Any, tokens: int) -> Tens
 
     Raises:
         UserError: if the text does not fill one window.
+        ValueError: if the tokenizer gives ids that the model does not have.
     """
     context = min(CONTEXT, longest_context(model))
     count = max(1, tokens // context)
-    return windows(corpus.calibration, tokenizer, context=context, count=count, part="text for calibration")
+    window_NC = windows(corpus.calibration, tokenizer, context=context, count=count, part="text for calibration")
+    check_ids(window_NC, model, tokenizer, "the text")
+    return window_NC
 
 
 def make_sparse(model: nn.Module, window_NC: Tensor, config: SparsifyConfig, front: int = 0) -> None:

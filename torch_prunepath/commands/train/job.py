@@ -29,6 +29,7 @@ from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
 from torch_prunepath.evaluation.make_sparse import reach_sparsity, search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
+from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.manifest import attached
@@ -90,6 +91,7 @@ class _Session:
             raise UserError(f"{options.model} is sparse already: leave {given} out, or start from the dense model")
         context = min(options.context, longest_context(self.model))
         self.window_NC = train_windows(text, self.tokenizer, context)
+        check_ids(self.window_NC, self.model, self.tokenizer, "the text")
         self.eval_NC = self._eval_windows(context)
         self.front = front_tokens(self.tokenizer)
         self.batches = Batches(self.window_NC, options.batch, options.seed, self.front)
