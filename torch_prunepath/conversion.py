@@ -25,8 +25,8 @@ from torch_prunepath.inputs.check import check_weights
 from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sampled_inputs
 from torch_prunepath.layer import ExpertsSpec, is_sparse
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.manifest import attach, attached, describe
 from torch_prunepath.layer.refuse import refuse_wrapped, refuse_wrapper
+from torch_prunepath.layer.saving import attach, detach, is_attached
 from torch_prunepath.layer.swap import Swap, make_all_routed, make_dense
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.sparsity import layer_tau
@@ -103,7 +103,7 @@ def sparsify(
     curves = {site: plan.curve for site, plan in plans.items() if plan.curve is not None}
     budgets = allocate(curves) if curves else {view.site: 1.0 for view in views}
     make_all_routed([_swap(view, plans[view.site], config, tau, budgets[view.site]) for view in views])
-    attach(model, describe(model, config))
+    attach(model)
     return model
 
 
@@ -117,7 +117,7 @@ def _refuse(model: nn.Module) -> None:
         )
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("the model has parameters without data (meta device): load its weights first")
-    if attached(model) is not None:
+    if is_attached(model):
         raise ValueError(
             "the model is dense, but its config is that of a sparse checkpoint: load that one with from_pretrained, or "
             "delete model.config.quantization_config to make this model sparse"
@@ -169,7 +169,7 @@ def _calibration(
 def _swap(view: FFNView, plan: LayerPlan, config: SparsifyConfig, tau: float, budget: float) -> Swap:
     shared = config.num_shared(view.spec.ffn_size)
     experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset, shared)
-    return Swap(view, experts, plan.router, plan.order_F, layer_tau(tau, budget), budget)
+    return Swap(view, experts, plan.router, plan.order_F, layer_tau(tau, budget), budget, config)
 
 
 def densify(model: ModelT) -> ModelT:
@@ -186,5 +186,5 @@ def densify(model: ModelT) -> ModelT:
         order_F = layers[name].permutation
         make_dense(view)
         view.unpermute_(order_F)
-    attach(model, None)
+    detach(model)
     return model

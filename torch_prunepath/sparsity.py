@@ -18,7 +18,7 @@ from torch_prunepath.inputs.data import evaluating, iterate_inputs
 from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import RoutedExperts, Routing
-from torch_prunepath.layer.manifest import attach, attached, describe
+from torch_prunepath.layer.saving import refresh
 from torch_prunepath.layer.sparse import RoutingHook
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.progress import progress_bar
@@ -63,9 +63,7 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
     with torch.no_grad():
         for name, value in values.items():
             layers[name].tau.fill_(value)
-    manifest = attached(model)
-    if manifest is not None:
-        attach(model, describe(model, manifest.config))
+    refresh(model)
 
 
 def register_routing_hook(model: nn.Module, fn: RoutingHook) -> Handles:

@@ -20,8 +20,8 @@ from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sampled_i
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.manifest import forbid_saving
 from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.saving import forbid_saving
 from torch_prunepath.layer.sparse import SelectionRule
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.progress import progress_bar

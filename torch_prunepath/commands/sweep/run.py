@@ -24,7 +24,7 @@ from torch_prunepath.evaluation.corpus import Corpus, load_corpus
 from torch_prunepath.evaluation.make_sparse import fit_windows, holds_sparse_layers, make_sparse, reach_sparsity
 from torch_prunepath.evaluation.models import load_model
 from torch_prunepath.inputs.front import front_tokens
-from torch_prunepath.layer.manifest import attached
+from torch_prunepath.layer.saving import describe
 from torch_prunepath.sparsity import set_tau
 
 
@@ -125,9 +125,7 @@ class _Sweep:
     def rows(self, points: Sequence[Point]) -> list[dict[str, Any]]:
         """The reference and every point. A dense model is sparse afterwards."""
         if self._sparse:
-            manifest = attached(self._model)
-            assert manifest is not None, "a checkpoint carries its manifest"
-            self._config = manifest.config
+            self._config = describe(self._model).config
             reference = self._at(Point(tau=1.0))
             points = [point for point in points if not point.dense]
         else:

@@ -32,7 +32,7 @@ from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.layer.manifest import attached
+from torch_prunepath.layer.saving import describe
 from torch_prunepath.sparsity import SparsityRecord, record_sparsity, set_tau
 from torch_prunepath.train.batches import Batches
 from torch_prunepath.train.loop import steps_of, train
@@ -142,7 +142,7 @@ class _Session:
         options = self.options
         if self.saved is None:
             self._before()
-        made = attached(self.model)
+        made = describe(self.model).config
         self.model.float()
         if options.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -158,7 +158,7 @@ class _Session:
             "recipe": options.recipe,
             "teacher": (options.teacher or options.model) if self.kept.distil else None,
             "config": self.config.to_dict(),
-            "experts": None if made is None else asdict(made.config),
+            "experts": asdict(made),
             "data": {
                 "name": plan.source_of(options).name,
                 "context": self.window_NC.shape[1],
