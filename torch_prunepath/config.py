@@ -68,7 +68,8 @@ class FFNSpec:
         fused: None, or the order of the two halves in ``up``'s output features: ``"gate_up"`` or ``"up_gate"``.
         activation: key of :data:`torch_prunepath.activations.ACTIVATIONS`.
         hidden_dropout: dropout applied to ``down``'s input, if any (only named where ``split`` is False).
-        output_dropout: dropout applied to ``down``'s output, if any (only named where ``split`` is False).
+        output_dropout: dropout applied to ``down``'s output, if any (only named where ``split`` is False); or, where
+            ``forward`` calls one that is no module, the share of values that it leaves out in training.
         hidden_size: the size of the FFN's input and output, D.
         ffn_size: the number of neurons, F.
     """
@@ -83,7 +84,7 @@ class FFNSpec:
     gate: str | None = None
     fused: Literal["gate_up", "up_gate"] | None = None
     hidden_dropout: str | None = None
-    output_dropout: str | None = None
+    output_dropout: str | float | None = None
 
     def __post_init__(self) -> None:
         # Here, so that settings can be read without torch: a command's help is there at once.
@@ -95,6 +96,8 @@ class FFNSpec:
             raise ValueError(f"{self.name}: an FFN has a gate layer of its own or a fused one, not both")
         if self.fused not in (None, "gate_up", "up_gate"):
             raise ValueError(f"fused={self.fused!r} is not known: choose None, 'gate_up' or 'up_gate'")
+        if isinstance(self.output_dropout, float) and not 0.0 < self.output_dropout <= 1.0:
+            raise ValueError(f"{self.name}: output_dropout={self.output_dropout} is outside (0, 1]")
         if self.hidden_size < 1 or self.ffn_size < 1:
             raise ValueError(f"{self.name}: hidden_size and ffn_size must be positive")
 
