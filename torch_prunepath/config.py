@@ -22,13 +22,22 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, get_args(choices)))}")
 
 
+def _as_number(name: str, value: Any, example: str) -> float:
+    """Return a number, or an array's only one, as a float; text is none, although Python could read it."""
+    array = getattr(value, "ndim", None) or 0
+    if isinstance(value, str | bytes) or not hasattr(type(value), "__float__") or array:
+        raise TypeError(f"{name}={value!r} is no number: give one such as {example}")
+    return float(value)
+
+
 def check_tau(tau: float) -> float:
     """Return ``tau`` as a float.
 
     Raises:
         ValueError: if tau is not in (0, 1].
+        TypeError: if tau is no number.
     """
-    tau = float(tau)
+    tau = _as_number("tau", tau, "0.9")
     if not 0.0 < tau <= 1.0:
         raise ValueError(f"tau={tau} is outside (0, 1]: 1 activates every expert, smaller values activate fewer")
     return tau
@@ -43,8 +52,9 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
 
     Raises:
         ValueError: if sparsity is not in [0, 1).
+        TypeError: if sparsity is no number.
     """
-    sparsity = float(sparsity)
+    sparsity = _as_number(name, sparsity, "0.8")
     if not 0.0 <= sparsity < 1.0:
         says = f"{name} {sparsity}" if " " in name or name.startswith("--") else f"{name}={sparsity}"
         raise ValueError(f"{says} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons active")

@@ -10,6 +10,7 @@ from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.commands.options import SparsifyOptions
 from torch_prunepath.console import report
 from torch_prunepath.console.output import check_room, output_folder, writing
+from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
 from torch_prunepath.evaluation.make_sparse import search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
@@ -40,7 +41,10 @@ def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
             "output": str(options.output),
         }
         dense = perplexity(model, test_NC, title="dense: perplexity")
-        torch_prunepath.sparsify(model, tau=tau, config=config, calibration=[fit_NC] if config.needs_data else None)
+        data = [fit_NC] if config.needs_data else None
+        choice: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
+        results["skipped"] = discover(model, **choice).report()
+        torch_prunepath.sparsify(model, tau=tau, config=config, calibration=data, **choice)
         if options.sparsity is not None:
             tau = torch_prunepath.set_sparsity(model, options.sparsity, search_windows(fit_NC))
         with torch_prunepath.record_sparsity(model) as record:
@@ -62,5 +66,6 @@ def render(results: Mapping[str, Any]) -> str:
         f"sparsity    {results['sparsity']:.1%} of FFN neurons inactive on held-out text",
         f"perplexity  {results['perplexity']:.2f} on held-out text (dense {results['dense_perplexity']:.2f})",
         f"checkpoint  {results['output']}",
+        *report.skipped(results["skipped"]),
     ]
     return "\n".join(lines)

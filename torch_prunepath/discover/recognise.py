@@ -132,10 +132,11 @@ class Trials:
         except Refused as refusal:
             raise Refused(f"in training, {refusal.reason}", rank=2) from None
         # A dropout that is a call does nothing in evaluation, so that only training shows it.
-        called = isinstance(in_training.output_dropout, float) and spec.output_dropout is None
-        if called and not spec.gated:
+        share = in_training.output_dropout
+        called = isinstance(share, float) and spec.output_dropout is None
+        if isinstance(share, float) and not spec.gated:
             # Made sparse layer by layer, it keeps the model's own call, and old checkpoints have it so.
-            raise refuse_called_dropout(in_training.output_dropout)
+            raise refuse_called_dropout(share)
         if (dataclasses.replace(in_training, output_dropout=None) if called else in_training) != spec:
             raise Refused("forward computes something else in training", rank=2)
         return in_training

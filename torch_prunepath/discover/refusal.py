@@ -37,4 +37,6 @@ def in_one_line(refused: Sequence[Refusal]) -> str:
 def _names(names: Sequence[str]) -> str:
     if len(names) <= _NAMED:
         return ", ".join(names)
-    return ", ".join(f"{count} at {name}" for name, count in Counter(map(without_index, names)).items())
+    counts = Counter(map(without_index, names))
+    one = {without_index(name): name for name in names}
+    return ", ".join(one[name] if count == 1 else f"{count} at {name}" for name, count in counts.items())

@@ -25,6 +25,7 @@ from torch_prunepath.console.errors import UserError, as_user_error, one_line
 from torch_prunepath.console.options import flag
 from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.conversion import sparsify
+from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
 from torch_prunepath.evaluation.make_sparse import search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
@@ -84,8 +85,8 @@ class _Session:
         self.record: SparsityRecord | None = None  # of what was measured last
         self.model, self.tokenizer = load_model(options.model if saved is None else str(saved / "model"))
         self.sparse = any(isinstance(module, RoutedExperts) for module in self.model.modules())
-        if self.sparse and saved is None and options.settings:
-            given = flag(next(iter(options.settings)))
+        if self.sparse and saved is None and options.about_experts:
+            given = flag(options.about_experts[0])
             raise UserError(f"{options.model} is sparse already: leave {given} out, or start from the dense model")
         context = min(options.context, longest_context(self.model))
         self.window_NC = train_windows(text, self.tokenizer, context)
@@ -155,6 +156,7 @@ class _Session:
             "teacher": (options.teacher or options.model) if self.kept.distil else None,
             "config": self.config.to_dict(),
             "experts": None if made is None else asdict(made.config),
+            "skipped": self.kept.skipped,
             "data": {
                 "name": plan.source_of(options).name,
                 "context": self.window_NC.shape[1],
@@ -199,7 +201,9 @@ class _Session:
             rows = max(1, config.calibration_tokens // self.window_NC.shape[1])
             some_N = torch.linspace(0, len(self.window_NC) - 1, min(rows, len(self.window_NC))).round().long()
             data = [self.window_NC[some_N].to(self.model.device)]
-        sparsify(self.model, config=config, calibration=data)
+        choice: dict[str, Any] = {"include": self.options.include, "exclude": self.options.exclude}
+        self.kept.skipped = discover(self.model, **choice).report()
+        sparsify(self.model, config=config, calibration=data, **choice)
 
     def _measured(self, when: str) -> list[dict[str, Any]]:
         """With every expert, then at the target, where tau stays."""
@@ -258,4 +262,5 @@ def render(results: Mapping[str, Any]) -> str:
         ]
         lines += ["", *report.aligned([head, *cells]), ""]
     lines += [f"tau         {results['tau']:.6g}", f"checkpoint  {results['output']}"]
+    lines += report.skipped(results["skipped"])
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Kept:
         distil: weight of the distillation.
         rows: what was measured before training.
         history: records of the steps so far.
+        skipped: FFNs that were not made sparse, and why.
     """
 
     data: str
@@ -32,12 +33,13 @@ class Kept:
     distil: float
     rows: list[dict[str, Any]]
     history: list[Record]
+    skipped: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path) -> Kept:
         """What a saved state's folder holds; what only earlier versions kept is left out."""
         held = json.loads((folder / "session.json").read_text(encoding="utf-8"))
-        return cls(**{field.name: held[field.name] for field in fields(cls)})
+        return cls(**{each.name: held[each.name] for each in fields(cls) if each.name in held})
 
 
 class Unfinished:
