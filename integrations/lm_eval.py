@@ -31,6 +31,7 @@ from torch_prunepath.evaluation.make_sparse import (
     model_tau,
     reach_sparsity,
 )
+from torch_prunepath.evaluation.models import refuse_file
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import METHOD
 from torch_prunepath.layer.views import sparse_layers
@@ -92,6 +93,8 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         self._adapter = options.get("peft")
         if not isinstance(pretrained, str | Path):
             self._check_kind(holds_sparse_layers(pretrained))
+        else:
+            refuse_file(str(pretrained))
         pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
         super().__init__(pretrained=pretrained, backend="default" if compiler else backend, **options)
         with as_user_error(ValueError, TypeError):

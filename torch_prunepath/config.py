@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -41,6 +42,12 @@ def check_tau(tau: float) -> float:
     if not 0.0 < tau <= 1.0:
         raise ValueError(f"tau={tau} is outside (0, 1]: 1 activates every expert, smaller values activate fewer")
     return tau
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless ``seed`` fits into 64 bits, which is what torch takes."""
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed={seed} is out of range: torch takes seeds from -2**63 to 2**63 - 1")
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
@@ -169,6 +176,9 @@ class SparsifyConfig:
             raise ValueError(f"shared_experts={self.shared_experts} is no whole number, and no share below 1")
         if self.calibration_tokens < 1:
             raise ValueError(f"calibration_tokens={self.calibration_tokens} must be at least 1")
+        if not math.isfinite(self.gate_offset):
+            raise ValueError(f"gate_offset={self.gate_offset} must be a finite number")
+        check_seed(self.seed)
         if self.gate == "one" and self.gate_offset != 0.0:
             raise ValueError("gate_offset moves the sigmoid gate: set gate='sigmoid' with it, or leave it 0")
 

@@ -19,7 +19,15 @@ from torch_prunepath.console.output import RESULTS, check_room, is_output_of, ou
 from torch_prunepath.console.plot import new_figure
 from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
-from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch, load_gguf, load_model, longest_context
+from torch_prunepath.evaluation.models import (
+    SMOLLM2,
+    cache_folder,
+    check_ids,
+    fetch,
+    load_gguf,
+    load_model,
+    longest_context,
+)
 from torch_prunepath.evaluation.perplexity import decode_speed, perplexity
 from torch_prunepath.sparsity import SparsityRecord
 
@@ -52,6 +60,7 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
+        check_ids(model, tokenizer, fit_NC, test_NC)
         choice: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
         skipped = discover(model, **choice).report()
         rows, records = _measure(model, fit_NC, test_NC, taus, config, choice)

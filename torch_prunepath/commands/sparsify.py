@@ -13,7 +13,7 @@ from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
 from torch_prunepath.evaluation.make_sparse import search_windows
-from torch_prunepath.evaluation.models import load_model, longest_context
+from torch_prunepath.evaluation.models import check_ids, load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 
 
@@ -32,6 +32,7 @@ def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
+        check_ids(model, tokenizer, fit_NC, test_NC)
         results: dict[str, Any] = {
             "command": "sparsify",
             **report.machine(),

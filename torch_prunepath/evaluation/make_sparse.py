@@ -18,7 +18,7 @@ from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.conversion import sparsify
 from torch_prunepath.discover import Which
 from torch_prunepath.evaluation.corpus import CONTEXT, Corpus, load_corpus, windows
-from torch_prunepath.evaluation.models import longest_context
+from torch_prunepath.evaluation.models import check_ids, longest_context
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import layer_tau, set_sparsity
@@ -93,11 +93,13 @@ def fit_windows(corpus: Corpus, model: Any, tokenizer: Any, tokens: int) -> Tens
     """Cut the windows to which routers are fitted from a text's calibration part: int64 ``[N, C]``.
 
     Raises:
-        UserError: if the text does not fill one window.
+        UserError: if the text does not fill one window, or has tokens that the model does not know.
     """
     context = min(CONTEXT, longest_context(model))
     count = max(1, tokens // context)
-    return windows(corpus.calibration, tokenizer, context=context, count=count, part="text for calibration")
+    window_NC = windows(corpus.calibration, tokenizer, context=context, count=count, part="text for calibration")
+    check_ids(model, tokenizer, window_NC)
+    return window_NC
 
 
 def make_sparse(

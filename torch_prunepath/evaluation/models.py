@@ -12,11 +12,12 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from torch_prunepath.console.errors import UserError, as_user_error, one_line, write_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CACHE_REMEDY = "point XDG_CACHE_HOME at another disk"
 
@@ -140,17 +141,45 @@ def load_model(name: str) -> tuple[Any, Any]:
     """
     if name.endswith(".gguf"):
         return load_gguf(Path(name))
+    refuse_file(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of any type: a damaged file fails where its reader stumbles
         raise UserError(
             f"cannot load the model {name!r} ({one_line(error)}): give a folder that holds a causal language model, or "
             "the name of one on the Hugging Face hub, which needs a network"
         ) from error
     return model.eval(), tokenizer
+
+
+def refuse_file(name: str) -> None:
+    """Refuse a file where a model's folder is needed.
+
+    Raises:
+        UserError: if there is a file of this name.
+    """
+    if os.path.isfile(name) and not name.endswith(".gguf"):
+        raise UserError(f"{name} is a file: name its folder, {Path(name).parent}")
+
+
+def check_ids(model: Any, tokenizer: Any, *ids: Tensor) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    A tokenizer with more tokens than embeddings is no error by itself: Gemma 3 has one more, for images.
+
+    Raises:
+        UserError: if a token id is beyond the embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max((int(each.max()) for each in ids if each.numel()), default=0)
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows}, and the text has token "
+            f"{largest}: use the model's own tokenizer, or model.resize_token_embeddings({len(tokenizer)})"
+        )
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:

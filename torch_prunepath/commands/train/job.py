@@ -19,7 +19,7 @@ from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.commands.train import plan
 from torch_prunepath.commands.train.options import TrainOptions
 from torch_prunepath.commands.train.source import Source, train_windows
-from torch_prunepath.commands.train.unfinished import Kept, Unfinished
+from torch_prunepath.commands.train.unfinished import Kept, Unfinished, undamaged
 from torch_prunepath.console import report
 from torch_prunepath.console.errors import UserError, as_user_error, one_line
 from torch_prunepath.console.options import flag
@@ -28,7 +28,7 @@ from torch_prunepath.conversion import sparsify
 from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
 from torch_prunepath.evaluation.make_sparse import search_windows
-from torch_prunepath.evaluation.models import load_model, longest_context
+from torch_prunepath.evaluation.models import check_ids, load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.manifest import attached
@@ -83,7 +83,11 @@ class _Session:
     def __init__(self, options: TrainOptions, text: str, saved: Path | None) -> None:
         self.options, self.saved = options, saved
         self.record: SparsityRecord | None = None  # of what was measured last
-        self.model, self.tokenizer = load_model(options.model if saved is None else str(saved / "model"))
+        if saved is None:
+            self.model, self.tokenizer = load_model(options.model)
+        else:
+            with undamaged(saved):
+                self.model, self.tokenizer = load_model(str(saved / "model"))
         self.sparse = any(isinstance(module, RoutedExperts) for module in self.model.modules())
         if self.sparse and saved is None and options.about_experts:
             given = flag(options.about_experts[0])
@@ -91,6 +95,7 @@ class _Session:
         context = min(options.context, longest_context(self.model))
         self.window_NC = train_windows(text, self.tokenizer, context)
         self.eval_NC = self._eval_windows(context)
+        check_ids(self.model, self.tokenizer, self.window_NC, *([] if self.eval_NC is None else [self.eval_NC]))
         self.batches = Batches(self.window_NC, options.batch, options.seed)
         distil = plan.distillation(options, dense=not self.sparse or options.teacher is not None)
         self.kept = Kept(self.batches.fingerprint(), str(self.model.dtype).removeprefix("torch."), distil, [], [])
@@ -120,7 +125,8 @@ class _Session:
             return teacher.to(plan.device_of(options))
 
     def _restore(self, saved: Path) -> None:
-        kept = Kept.of(saved)
+        with undamaged(saved):
+            kept = Kept.of(saved)
         if kept.data != self.kept.data:
             raise UserError(
                 "the unfinished run had other data (text, --context, --batch or --seed): give the same, or start anew"
@@ -177,7 +183,9 @@ class _Session:
         """Train, from the saved state if there is one."""
         steps, state = steps_of(self.config, self.batches), TrainState(self.model, self.config)
         if self.saved is not None:
-            state.load_state_dict(torch.load(self.saved / "state.pt", map_location="cpu", weights_only=True))
+            with undamaged(self.saved):
+                held = torch.load(self.saved / "state.pt", map_location="cpu", weights_only=True)
+            state.load_state_dict(held)
 
         def note(state: TrainState, record: Record) -> None:
             self.kept.history.append(record)
