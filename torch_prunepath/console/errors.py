@@ -44,7 +44,7 @@ def _is_full(place: Path) -> bool:
 
 def write_error(error: Exception, place: Path, remedy: str) -> UserError:
     """What to tell when writing below ``place`` failed. Libraries in Rust pass the system's error on as text only."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "os error 28" in str(error) or "No space left" in str(error) or _is_full(place):
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else _is_full(place)
+    if full or "os error 28" in str(error) or "No space left" in str(error):
         return UserError(f"no room on disk for {place}: free some, or {remedy}")
     return UserError(f"cannot write {place}: {one_line(error)}: {remedy}")

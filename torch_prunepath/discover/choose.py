@@ -30,7 +30,7 @@ def choose(
 
     Args:
         specs: the FFNs of a model.
-        refused: the reason why a module cannot be made sparse, by its name. An ``exclude`` that means such a module is
+        refused: the reason why an FFN cannot be made sparse, by its name. An ``exclude`` that means such a module is
             no mistake.
         include: which to keep; None: all.
         exclude: which of these to leave out; None: none.

@@ -120,7 +120,7 @@ def discover(model: nn.Module, include: Which | None = None, exclude: Which | No
     skipped = sorted(search.innermost_skipped(), key=lambda refusal: order[refusal.name])
     excluded: list[FFNSpec] = []
     if specs:
-        specs, excluded = choose(specs, {r.name: r.reason for r in refused}, include, exclude)
+        specs, excluded = choose(specs, {r.name: r.reason for r in skipped}, include, exclude)
     return Discovery(tuple(specs), tuple(refused), tuple(skipped), tuple(excluded))
 
 

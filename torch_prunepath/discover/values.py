@@ -129,6 +129,16 @@ class Opaque(_Traced):
         """Stand for the concatenation of a tuple or list and this value, an output of another module."""
         return self if isinstance(other, tuple | list) else super().__radd__(other)
 
+    @property
+    def indices(self) -> Tensor:  # type: ignore[override]
+        """Stand for a field of what ``topk``, ``sort`` and ``max`` return; a tensor has a method of this name."""
+        return self
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """Stand for the other field."""
+        return self
+
     def __getattr__(self, name: str) -> Tensor:
         """Stand for any field of another module's output, such as ``last_hidden_state``."""
         if name.startswith("_"):

@@ -170,7 +170,16 @@ class _Sweep:
     def _row(self, name: str, lm: Any) -> dict[str, Any]:
         say(f"{name}: evaluating")
         started = time.perf_counter()
-        scores = self._evaluate(lm)
+        try:
+            scores = self._evaluate(lm)
+        except IndexError as error:
+            rows, tokens = self._model.get_input_embeddings().weight.shape[0], len(self._tokenizer)
+            if tokens <= rows:
+                raise
+            raise UserError(
+                f"the tokenizer has {tokens} tokens and the model's embedding {rows}, and a task has one beyond: "
+                "use the model's own tokenizer"
+            ) from error
         self._headlines = self._headlines or headline(scores, self._tasks)
         return {"name": name, "scores": scores, "seconds": round(time.perf_counter() - started, 1)}
 
