@@ -335,7 +335,7 @@ def test_some_networks_are_made_sparse(dense: Path) -> None:
         found = PrunePathLM(pretrained=str(dense), tau=0.5, device="cpu", **choice, **FAST).sparsity_info()
         assert list(found["tau_per_layer"]) == ["model.layers.1.mlp"]
         assert found["skipped"] == [{"name": "model.layers.0.mlp", "reason": "left out as asked"}]
-    with pytest.raises(UserError, match="exclude='vision' means no FFN of this model: there are model.layers.0.mlp"):
+    with pytest.raises(UserError, match=r"exclude='vision' means no FFN of this model: there are model.layers.0.mlp"):
         PrunePathLM(pretrained=str(dense), tau=0.5, device="cpu", exclude="vision;layers.0", **FAST)
     with pytest.raises(UserError, match=f"is a file: name its folder, {dense}"):
         PrunePathLM(pretrained=str(dense / "config.json"), tau=0.5, device="cpu", **FAST)

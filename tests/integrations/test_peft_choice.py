@@ -43,7 +43,7 @@ def test_a_wrong_choice_leaves_the_base_as_it_is() -> None:
 
 def test_a_second_adapter_covers_the_same_networks() -> None:
     model = get_peft_model(tiny_llama(), config(exclude="layers.0"))
-    with pytest.raises(ValueError, match="must cover the same FFNs, but 'model.layers.0.mlp'"):
+    with pytest.raises(ValueError, match=r"must cover the same FFNs, but 'model.layers.0.mlp'"):
         model.add_adapter("other", config())
     model.add_adapter("other", config(include="layers.1"))
     model.set_adapter("other")
