@@ -39,6 +39,7 @@ from torch_prunepath.experts.fit import contribution_shares
 from torch_prunepath.experts.kmeans import balanced_kmeans, sum_of_squares
 from torch_prunepath.experts.partition import contribution_features, partition, weight_features
 from torch_prunepath.inputs.data import as_inputs
+from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer.ffn import FFNView
 
@@ -126,7 +127,8 @@ def model_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     def keep(view: FFNView, x_ND: Tensor) -> None:
         calibration[view.site] = x_ND[: arguments.tokens]
 
-    visit_inputs(model, views, as_inputs(fit_NC, model), keep)
+    front = front_tokens(tokenizer)
+    visit_inputs(model, views, as_inputs(as_batch(fit_NC, front), model), keep)
     found: dict[tuple[str, int], list[Row]] = defaultdict(list)
     bar = tqdm(total=len(views) * len(arguments.sizes) * len(arguments.partitions), unit="partition")
 
@@ -144,7 +146,7 @@ def model_rows(arguments: argparse.Namespace) -> Iterator[Row]:
                 found[name, size].append(row | experts_needed(view, h_NF, order_F, size))
                 bar.update()
 
-    visit_inputs(model, views, as_inputs(test_NC, model), visit)
+    visit_inputs(model, views, as_inputs(as_batch(test_NC, front), model), visit)
     bar.close()
     geometry = f"{views[0].spec.ffn_size}x{views[0].spec.hidden_size}"
     for (name, size), rows in found.items():

@@ -44,6 +44,7 @@ from torch_prunepath.evaluation.models import load_model
 from torch_prunepath.evaluation.perplexity import perplexity
 from torch_prunepath.experts.fit import contribution_shares
 from torch_prunepath.inputs.data import Inputs, as_inputs
+from torch_prunepath.inputs.front import front_tokens
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import Routing
 from torch_prunepath.layer.ffn import FFNView
@@ -80,16 +81,20 @@ def between(below: Point, above: Point, sparsity: float) -> Point:
 class Bench:
     """One model and one test text; measures perplexity at exact sparsities."""
 
-    def __init__(self, model: Any, calibration: Inputs, test_NC: Tensor, targets: list[float]) -> None:
-        self.model, self.calibration, self.targets = model, calibration, targets
+    def __init__(self, model: Any, calibration: Inputs, test_NC: Tensor, targets: list[float], front: int = 0) -> None:
+        self.model, self.calibration, self.targets, self.front = model, calibration, targets, front
         self.test_NC = test_NC.to(model.device)
-        self.dense = perplexity(model, self.test_NC)
+        self.dense = self.perplexity()
+
+    def perplexity(self) -> float:
+        """Perplexity of the model as it stands on the test text, without the ``front`` tokens of each window."""
+        return perplexity(self.model, self.test_NC, front_tokens=self.front)
 
     def point(self, tau: float) -> Point:
         """Realised sparsity and log perplexity on the test text."""
         set_tau(self.model, tau)
-        with record_sparsity(self.model) as record:
-            ppl = perplexity(self.model, self.test_NC)
+        with record_sparsity(self.model, front_tokens=self.front) as record:
+            ppl = self.perplexity()
         return Point(tau, record.sparsity, math.log(ppl))
 
     def row(self, **labels: Any) -> Row:
@@ -171,7 +176,7 @@ def static_row(bench: Bench, kind: str) -> Row:
                 keep_F = torch.ones_like(score, dtype=torch.bool).index_fill_(0, score.argsort()[:removed], False)
                 keep[site] = keep_F.to(bench.model.device)
             with register_routing_hook(bench.model, lambda r, keep=keep: keep[r.name].expand_as(r.mask_TE)):
-                points[f"{target:g}"] = round(perplexity(bench.model, bench.test_NC), 3)
+                points[f"{target:g}"] = round(bench.perplexity(), 3)
     return {"method": f"static, {kind}", "expert_size": 1, "perplexity": points}
 
 
@@ -274,7 +279,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> str:
     model = model.to(arguments.device)
     calibration = as_inputs([read_text(arguments.calibration)], model, tokenizer, arguments.calibration_tokens)
     test_NC = first_windows(read_text(arguments.test), tokenizer, arguments.windows, arguments.context)
-    bench = Bench(model, calibration, test_NC, arguments.sparsity)
+    bench = Bench(model, calibration, test_NC, arguments.sparsity, front_tokens(tokenizer))
     results: dict[str, Any] = {
         **machine(),
         "commit": arguments.commit or commit(),

@@ -32,6 +32,7 @@ from torch_prunepath.evaluation.make_sparse import (
     reach_sparsity,
 )
 from torch_prunepath.evaluation.models import refuse_file
+from torch_prunepath.inputs.front import front_tokens
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import METHOD
 from torch_prunepath.layer.views import sparse_layers
@@ -147,12 +148,12 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         if not sparse or ask.sparsity is not None:
             config = SparsifyConfig(**ask.settings)
             window_NC = fit_windows(load_corpus(ask.text), self._model, self.tokenizer, config.calibration_tokens)
-            tokens = window_NC.numel()
+            tokens, front = window_NC.numel(), front_tokens(self.tokenizer)
             if not sparse:
                 self._skipped = discover(self._model, ask.include, ask.exclude).report()
-                make_sparse(self._model, window_NC, config, include=ask.include, exclude=ask.exclude)
+                make_sparse(self._model, window_NC, config, front, include=ask.include, exclude=ask.exclude)
             if ask.sparsity is not None:
-                reach_sparsity(self._model, ask.sparsity, window_NC)
+                reach_sparsity(self._model, ask.sparsity, window_NC, front)
         if ask.tau is not None:
             set_tau(self._model, ask.tau)
         return tokens

@@ -24,7 +24,8 @@ from torch_prunepath.integrations.peft_build import Made, attach_parts, check_ba
 from torch_prunepath.integrations.peft_config import PRUNEPATH, PrunePathConfig
 from torch_prunepath.integrations.peft_layer import STORED, PrunePathLayer, site_of
 from torch_prunepath.integrations.peft_state import drop_empty, make_sparse, problem_of, shapes_of, states_to_merge
-from torch_prunepath.layer.manifest import Manifest, attach, describe
+from torch_prunepath.layer.manifest import Manifest
+from torch_prunepath.layer.saving import attach
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.tape import RoutingTape
 from torch_prunepath.train.terms import Targets
@@ -187,13 +188,14 @@ class PrunePathModel(BaseTuner):
         layers = self.layers()
         names = adapter_names or self.active_adapters
         if merge:
-            make_sparse(self.model, layers, states_to_merge(layers, names))
+            states = states_to_merge(layers, names)
+            config = self.peft_config[names[0]]
+            assert isinstance(config, PrunePathConfig) and config.manifest is not None
+            make_sparse(self.model, layers, states, Manifest.from_dict(config.manifest).config)
         for layer in layers:
             layer.remove()
         if merge:
-            config = self.peft_config[names[0]]
-            assert isinstance(config, PrunePathConfig) and config.manifest is not None
-            attach(self.model, describe(self.model, Manifest.from_dict(config.manifest).config))
+            attach(self.model)
         return self.model
 
     # What is saved: keys without the adapter's name, ``<FFN>.prunepath.router.weight``.

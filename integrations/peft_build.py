@@ -18,8 +18,10 @@ from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer, site_of
 from torch_prunepath.layer import is_sparse
 from torch_prunepath.layer.ffn import FFNView, weight_out_in
-from torch_prunepath.layer.manifest import LayerManifest, Manifest, attached, describe, resolve
+from torch_prunepath.layer.manifest import LayerManifest, Manifest
+from torch_prunepath.layer.rebuild import resolve
 from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.saving import describe
 from torch_prunepath.layer.views import sparse_layers
 
 SAMPLE = 64
@@ -125,7 +127,7 @@ def make(root: nn.Module, config: SparsifyConfig, tau: float, **given: Any) -> M
     with bare(root):
         sparsify(root, tau, config=config, **given)
         try:
-            manifest = attached(root) or describe(root, config)
+            manifest = describe(root)
             states = [
                 AdapterState(part.experts, part.budget, layer.router, layer.permutation.clone(), part.tau, filled=True)
                 for part, layer in zip(manifest.layers, sparse_layers(root).values(), strict=True)

@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.integrations.peft_build import layers_of
 from torch_prunepath.integrations.peft_layer import AdapterState, PrunePathLayer
 from torch_prunepath.layer.ffn import FFNView
@@ -85,7 +86,9 @@ def states_to_merge(layers: Sequence[PrunePathLayer], names: Sequence[str]) -> l
 
 
 @torch.no_grad()
-def make_sparse(root: nn.Module, layers: Sequence[PrunePathLayer], states: Sequence[AdapterState]) -> None:
+def make_sparse(
+    root: nn.Module, layers: Sequence[PrunePathLayer], states: Sequence[AdapterState], config: SparsifyConfig
+) -> None:
     """Make the base model what :func:`torch_prunepath.sparsify` makes, in place, with the adapter's routers.
 
     Routers take the dtype of the base model, in which its checkpoint will keep them. Undoes everything if it cannot
@@ -95,7 +98,8 @@ def make_sparse(root: nn.Module, layers: Sequence[PrunePathLayer], states: Seque
     for layer, state in zip(layers, states, strict=True):
         view = FFNView(root, layer.spec)
         router = _copied(state.router, view.down_FD.dtype)
-        swaps.append(Swap(view, state.experts, router, state.permutation.clone(), float(state.tau), state.budget))
+        order_F = state.permutation.clone()
+        swaps.append(Swap(view, state.experts, router, order_F, float(state.tau), state.budget, config))
     make_all_routed(swaps)
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors
     from torch_prunepath.discover import find_ffns
     from torch_prunepath.experts.fit import fit_routers
     from torch_prunepath.layer import Routing
+    from torch_prunepath.layer.manifest import Manifest
+    from torch_prunepath.layer.rebuild import rebuild
+    from torch_prunepath.layer.saving import describe
     from torch_prunepath.layer.views import sparse_layers
     from torch_prunepath.ops.cpu.packs import Packs
     from torch_prunepath.sparsity import record_sparsity, register_routing_hook, set_sparsity, set_tau
@@ -33,13 +36,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FFNSpec",
+    "Manifest",
     "Packs",
     "Routing",
     "SparsifyConfig",
     "densify",
+    "describe",
     "find_ffns",
     "fit_routers",
     "load",
+    "rebuild",
     "record_sparsity",
     "register_routing_hook",
     "set_sparsity",
@@ -50,13 +56,16 @@ __all__ = [
 
 _HOMES = {
     "FFNSpec": "config",
+    "Manifest": "layer.manifest",
     "Packs": "ops.cpu.packs",
     "Routing": "layer",
     "SparsifyConfig": "config",
     "densify": "conversion",
+    "describe": "layer.saving",
     "find_ffns": "discover",
     "fit_routers": "experts.fit",
     "load": "checkpoint",
+    "rebuild": "layer.rebuild",
     "record_sparsity": "sparsity",
     "register_routing_hook": "sparsity",
     "set_sparsity": "sparsity",
@@ -96,5 +105,9 @@ if all((_HERE.parent / name / "__init__.py").is_file() and not (_HERE / name).ex
 # Makes from_pretrained know sparse checkpoints. This module of transformers takes a second to import, and it is there
 # whenever a model class is.
 on_import("transformers.quantizers.auto", lambda: importlib.import_module("torch_prunepath.integrations.transformers"))
+on_import(
+    "transformers.modeling_utils",
+    lambda: importlib.import_module("torch_prunepath.integrations.transformers_saving").install(),
+)
 if "torch" in sys.modules:
     importlib.import_module("torch_prunepath.ops")  # registers torch.ops.prunepath

@@ -23,11 +23,12 @@ from torch_prunepath.discover.choose import listed
 from torch_prunepath.discover.find import nothing_found
 from torch_prunepath.experts.budget import allocate
 from torch_prunepath.experts.plan import LayerPlan, plan_layers
-from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sample_text
+from torch_prunepath.inputs.check import check_weights
+from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sampled_inputs
 from torch_prunepath.layer import ExpertsSpec, is_sparse
 from torch_prunepath.layer.ffn import FFNView, site_name
-from torch_prunepath.layer.manifest import attach, attached, describe
 from torch_prunepath.layer.refuse import refuse_wrapped, refuse_wrapper
+from torch_prunepath.layer.saving import attach, detach, is_attached
 from torch_prunepath.layer.swap import Swap, make_all_routed, make_dense
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.sparsity import layer_tau
@@ -67,9 +68,11 @@ def sparsify(
         tau: router mass that the active experts must reach, in (0, 1]; 1 computes the dense model. See
             :func:`torch_prunepath.set_tau` and :func:`torch_prunepath.set_sparsity` to change it later.
         config: how experts and routers are built; the default is the best that was measured.
-        calibration: texts (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of these.
-            With None a causal language model samples its own text; other models are converted from their weights alone.
-        tokenizer: for texts.
+        calibration: texts or chats (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of
+            these, such as a data loader or a data set; see :func:`torch_prunepath.inputs.data.as_inputs`. With None a
+            causal language model samples its own text; other models are converted from their weights alone.
+        tokenizer: for texts. Rows of text start with what it puts in front of every text; in a causal model that counts
+            in no statistic.
         include: the FFNs to make sparse; None: all. A name or a pattern is one or more whole parts of a dotted name,
             with ``*``, ``?`` and ``[...]`` as in file names, and means the FFNs with these parts anywhere in their
             names: ``"language_model"`` all inside a module of this name, ``"model.layers.0.*"`` the first layer's. A
@@ -83,8 +86,8 @@ def sparsify(
 
     Raises:
         ValueError: if tau is invalid, nothing can be made sparse, the model is sparse already, wrapped, quantised or
-            without weights yet (meta device), or the data does not fit; if a pattern means no FFN, or none is left. The
-            model is as it was.
+            without weights yet (meta device), its weights are not all finite, or the data does not fit; if a pattern
+            means no FFN, or none is left. The model is as it was.
         TypeError: if this is no model, or config, data, ``include`` or ``exclude`` are of another type.
 
     Example::
@@ -100,6 +103,7 @@ def sparsify(
         )
     refuse_wrapper(model)
     _refuse(model)
+    check_weights(model)
     found = discover(model, include, exclude)
     if not found.specs:
         raise nothing_found(model, found)
@@ -114,7 +118,7 @@ def sparsify(
     curves = {site: plan.curve for site, plan in plans.items() if plan.curve is not None}
     budgets = allocate(curves) if curves else {view.site: 1.0 for view in views}
     make_all_routed([_swap(view, plans[view.site], config, tau, budgets[view.site]) for view in views])
-    attach(model, describe(model, config))
+    attach(model)
     _tell_what_stays(found)
     return model
 
@@ -141,7 +145,7 @@ def _refuse(model: nn.Module) -> None:
         )
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("the model has parameters without data (meta device): load its weights first")
-    if attached(model) is not None:
+    if is_attached(model):
         raise ValueError(
             "the model is dense, but its config is that of a sparse checkpoint: load that one with from_pretrained, or "
             "delete model.config.quantization_config to make this model sparse"
@@ -170,8 +174,7 @@ def _calibration(
 ) -> tuple[SparsifyConfig, Inputs | None]:
     """Inputs to calibrate on; or, where there is nothing, a config that does without."""
     if calibration is None and can_sample(model):
-        ids = sample_text(model, config.calibration_tokens, config.seed, progress)
-        return config, as_inputs(ids, model)
+        return config, sampled_inputs(model, config.calibration_tokens, config.seed, progress, tokenizer)
     if calibration is None and config.shared_experts:
         raise ValueError(
             f"shared experts hold the neurons that contribute most on calibration data, and {type(model).__name__} "
@@ -194,7 +197,7 @@ def _calibration(
 def _swap(view: FFNView, plan: LayerPlan, config: SparsifyConfig, tau: float, budget: float) -> Swap:
     shared = config.num_shared(view.spec.ffn_size)
     experts = ExpertsSpec(config.expert_size, config.rule, config.gate, config.gate_offset, shared)
-    return Swap(view, experts, plan.router, plan.order_F, layer_tau(tau, budget), budget)
+    return Swap(view, experts, plan.router, plan.order_F, layer_tau(tau, budget), budget, config)
 
 
 def densify(model: ModelT) -> ModelT:
@@ -211,5 +214,5 @@ def densify(model: ModelT) -> ModelT:
         order_F = layers[name].permutation
         make_dense(view)
         view.unpermute_(order_F)
-    attach(model, None)
+    detach(model)
     return model

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from torch_prunepath.config import check_sparsity, check_tau
 from torch_prunepath.inputs.data import evaluating, iterate_inputs
+from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import RoutedExperts, Routing
-from torch_prunepath.layer.manifest import attach, attached, describe
+from torch_prunepath.layer.saving import refresh
 from torch_prunepath.layer.sparse import RoutingHook
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.progress import progress_bar
@@ -64,9 +65,7 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
     with torch.no_grad():
         for name, value in values.items():
             layers[name].tau.fill_(value)
-    manifest = attached(model)
-    if manifest is not None:
-        attach(model, describe(model, manifest.config))
+    refresh(model)
 
 
 def _is_list(tau: Any) -> bool:
@@ -174,8 +173,13 @@ class SparsityRecord:
 
 
 @contextlib.contextmanager
-def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
+def record_sparsity(model: nn.Module, *, front_tokens: int = 0) -> Iterator[SparsityRecord]:
     """Count active neurons while the context is open; costs nothing outside it. Padding tokens do not count.
+
+    Args:
+        model: a sparse model.
+        front_tokens: how many of the first tokens of each row do not count either: those that the tokenizer puts in
+            front of every text, such as a beginning-of-sequence token. For whole rows, not for steps of decoding.
 
     Example::
 
@@ -188,7 +192,7 @@ def record_sparsity(model: nn.Module) -> Iterator[SparsityRecord]:
     """
     layers = {layer.name: layer for layer in sparse_layers(model).values()}
     record = SparsityRecord()
-    with PaddingTracker(model) as tracker:
+    with PaddingTracker(model, front_tokens) as tracker:
 
         def count(routing: Routing) -> None:
             noted = Noted.of(routing.name, layers[routing.name], routing.mask_TE)
@@ -256,7 +260,7 @@ def _out_of_reach(target: float, most: float, shared: bool) -> ValueError:
 
 def measure_sparsity(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
     """Realised sparsity over batches of model inputs, in evaluation mode."""
-    with evaluating(model), record_sparsity(model) as record:
+    with evaluating(model), record_sparsity(model, front_tokens=front_of(batches)) as record:
         for batch in batches:
-            model(**batch)
+            model(**for_model(batch))
     return record.sparsity

@@ -27,8 +27,8 @@ from torch_prunepath.baselines.routers import MLPRouter, UnitRouter
 from torch_prunepath.baselines.rules import above_threshold, cumulative_share, near_largest, top_share
 from torch_prunepath.console.errors import UserError, one_line
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts
-from torch_prunepath.layer.manifest import attach
 from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.saving import detach
 from torch_prunepath.layer.sparse import SelectionRule
 
 SAID = "prunepath"
@@ -94,7 +94,7 @@ def restore(dense: nn.Module, tensors: Mapping[str, Tensor], said: Mapping[str, 
     assert len(sizes) == 1
     plain = SparsifyConfig(sizes.pop(), partition="contiguous", router="zero", budget="uniform")
     sparsify(dense, tau=1.0, config=plain, progress=False)
-    attach(dense, None)  # it says how the plain one was made
+    detach(dense)  # it says how the plain one was made
     for name, layer in sparse_layers(dense).items():
         about, device = said[name], layer.router.weight.device
         layer.experts, layer.budget = ExpertsSpec(**about["experts"]), about["budget"]

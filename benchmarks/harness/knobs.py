@@ -24,7 +24,7 @@ class Constant:
         """Nothing can be set."""
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[Record]:
+    def recording(self, front_tokens: int = 0) -> Iterator[Record]:
         """There is nothing to count."""
         yield self
 
@@ -57,9 +57,9 @@ class TauKnob:
         set_tau(self.model, tau)
         return tau
 
-    def recording(self) -> contextlib.AbstractContextManager[Record]:
-        """Count inactive neurons."""
-        return record_sparsity(self.model)
+    def recording(self, front_tokens: int = 0) -> contextlib.AbstractContextManager[Record]:
+        """Count inactive neurons, but not of the first ``front_tokens`` tokens of each row."""
+        return record_sparsity(self.model, front_tokens=front_tokens)
 
 
 class ShareKnob(TauKnob):
@@ -81,6 +81,6 @@ class ThresholdKnob:
         """Choose the thresholds that calibration gave for this share."""
         self.handle.set_sparsity(share)
 
-    def recording(self) -> contextlib.AbstractContextManager[Record]:
-        """Count what falls under the thresholds."""
-        return self.handle.record()
+    def recording(self, front_tokens: int = 0) -> contextlib.AbstractContextManager[Record]:
+        """Count what falls under the thresholds, but not of the first ``front_tokens`` tokens of each row."""
+        return self.handle.record(front_tokens=front_tokens)

@@ -44,7 +44,7 @@ class Knob(Protocol):
             Unreachable: if nothing does it.
         """
 
-    def recording(self) -> contextlib.AbstractContextManager[Record]:
+    def recording(self, front_tokens: int = 0) -> contextlib.AbstractContextManager[Record]:
         """A context in which realised sparsity is counted."""
 
 

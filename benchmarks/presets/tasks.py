@@ -149,8 +149,9 @@ class WritingTask(_Answers):
 
     def prompt(self, meaning: str) -> list[int]:
         """Tokens that generation goes on from; a long text loses its end, so that there is room to answer."""
-        ask = self._ids(self.writing.ask)
-        return self._ids(meaning)[: max(1, self.length - self.new_tokens - len(ask))] + ask
+        front, ask = self._front, self._ids(self.writing.ask)
+        room = self.length - self.new_tokens - len(front) - len(ask)
+        return front + self._ids(meaning)[: max(1, room)] + ask
 
     def _measured(self, trained: Trained) -> Row:
         found = super()._measured(trained)
@@ -196,8 +197,8 @@ class InstructTask(_Answers):
 
     def _talk(self, messages: Sequence[Mapping[str, str]]) -> Row:
         """A conversation as one row; labels are the assistant's words and the end after them."""
-        ids: list[int] = []
-        labels: list[int] = []
+        ids = list(self._front)
+        labels = [IGNORED] * len(ids)
         for message in messages:
             head = self._ids(f"<|{message['role']}|>\n")
             words = self._ids(message["content"].strip() + "\n")

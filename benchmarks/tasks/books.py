@@ -39,6 +39,7 @@ from benchmarks.harness.texts import fingerprint, read_text, spread, tokenise, w
 from torch_prunepath.console.errors import UserError
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import mean_loss
+from torch_prunepath.inputs.front import added_tokens, as_batch, front_tokens
 from torch_prunepath.train.batches import Batches, Later
 
 NAME = BOOKS
@@ -166,6 +167,7 @@ class BooksTask:
         self._dense, self.tokenizer = self._load(model)
         if budget.context > longest_context(self._dense):
             raise UserError(f"--context {budget.context} is longer than the model's {longest_context(self._dense)}")
+        self.front = front_tokens(self.tokenizer)
         all_NC = self._windows(texts.train)
         count = min(measuring.windows, len(all_NC) // 10)
         rows = budget.rows_of(budget.accumulation)
@@ -196,11 +198,11 @@ class BooksTask:
         Raises:
             UserError: if steps would differ in size.
         """
-        return Later(Batches(self.train_NC, self.budget.rows_of(accumulation), seed), skip)
+        return Later(Batches(self.train_NC, self.budget.rows_of(accumulation), seed, self.front), skip)
 
-    def calibration(self) -> Tensor:
-        """Some training windows, int64 ``[N, C]`` on the device."""
-        return self.calibration_NC.to(self.device)
+    def calibration(self) -> dict[str, Any]:
+        """Some training windows, int64 ``[N, C]`` on the device, as a batch."""
+        return as_batch(self.calibration_NC.to(self.device), self.front)
 
     def evaluate(self, trained: Trained, sparsity: Sequence[float]) -> list[Row]:
         """Perplexity on each text at each sparsity, which is that of the text."""
@@ -214,14 +216,15 @@ class BooksTask:
 
     def measure(self, trained: Trained, text: str) -> Row:
         """Realised sparsity and perplexity on a text, as the model stands."""
-        with trained.knob.recording() as record:
-            loss = mean_loss(trained.model, self.texts[text], rows=self.measuring.eval_rows, title=text)
+        with trained.knob.recording(self.front) as record:
+            shown = {"rows": self.measuring.eval_rows, "front_tokens": self.front, "title": text}
+            loss = mean_loss(trained.model, self.texts[text], **shown)
         # What is not finite stays so, and makes the run one that failed.
         return {"sparsity": record.sparsity, "perplexity": math.exp(min(loss, LARGEST_LOSS)) if loss == loss else loss}
 
     def _inputs(self, window_NC: Tensor) -> list[dict[str, Any]]:
         parts = window_NC.split(self.measuring.eval_rows)
-        return [{"input_ids": part_BC.to(self.device), "use_cache": False} for part_BC in parts]
+        return [as_batch(part_BC.to(self.device), self.front) | {"use_cache": False} for part_BC in parts]
 
     def _load(self, model: str) -> tuple[Any, Any]:
         if model.endswith(".gguf") and Path(model).exists():  # those take long to load
@@ -239,7 +242,7 @@ class BooksTask:
         # Not the model's files, so that token ids made on another machine serve as well.
         about = [digest_of_model(path), digest(self.tokenizer.get_vocab())]
         tensors, *_ = self._cache.tensors("tokens", about, lambda: self._tokenised(path))
-        return windows(tensors["ids_T"], self.budget.context)
+        return windows(tensors["ids_T"], self.budget.context, added_tokens(self.tokenizer).front)
 
     def _tokenised(self, path: Path) -> tuple[dict[str, Tensor], Any]:
         return {"ids_T": tokenise(read_text(path), self.tokenizer)}, path.name

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -53,6 +54,7 @@ from torch_prunepath.baselines.routed import CALIBRATION_TOKENS
 from torch_prunepath.console.errors import UserError
 from torch_prunepath.evaluation.models import load_model
 from torch_prunepath.inputs.data import evaluating, evaluation_mode
+from torch_prunepath.inputs.front import added_tokens
 from torch_prunepath.train.batches import IGNORED
 
 NAME = "e2e"
@@ -201,9 +203,14 @@ class E2ETask:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    @functools.cached_property
+    def _front(self) -> list[int]:
+        """What the tokenizer puts in front of every text."""
+        return list(added_tokens(self.tokenizer).front)
+
     def prompt(self, meaning: str) -> list[int]:
         """Tokens that generation goes on from."""
-        return self._ids(PROMPT.format(meaning))
+        return self._front + self._ids(PROMPT.format(meaning))
 
     def _row(self, meaning: str, text: str) -> Row:
         """Prompt and reference as one row; the loss counts the reference and its end."""

@@ -4,90 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    Dinov2Config,
-    Dinov2Model,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    PixtralVisionConfig,
-    SiglipVisionConfig,
-    ViTConfig,
-    ViTForImageClassification,
+from renamed import (
+    Made,
+    dino,
+    gemma3,
+    llava,
+    mistral3,
+    nemotron_h,
+    paligemma,
+    qwen2_vl,
+    qwen3_vl,
+    vit,
+    wav2vec2,
 )
+from safetensors.torch import load_file, save_file
+from transformers import ViTForImageClassification
 
 from torch_prunepath import densify, load, sparse_layers, sparsify
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-PATCHES = {"image_size": 16, "patch_size": 4}
-IMAGE = 120
-"""The token whose places an image's features take."""
-
-Made = tuple[nn.Module, dict[str, Any]]
-
-
-def picture_and_text() -> dict[str, Any]:
-    ids = torch.randint(3, 119, (2, 12))
-    ids[:, 1:5] = IMAGE
-    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
-
-
-def vit() -> Made:
-    return ViTForImageClassification(ViTConfig(**SMALL, **PATCHES)), {"pixel_values": torch.randn(8, 3, 16, 16)}
-
-
-def dino() -> Made:
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **PATCHES)
-    return Dinov2Model(config), {"pixel_values": torch.randn(8, 3, 16, 16)}
-
-
-def llava() -> Made:
-    """Reads the last vision layer but one, so that nothing depends on the last one's output."""
-    vision = CLIPVisionConfig(**SMALL, image_size=16, patch_size=8)
-    config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**SMALL, vocab_size=128), image_token_index=IMAGE
-    )
-    return LlavaForConditionalGeneration(config), picture_and_text()
-
-
-def gemma3() -> Made:
-    text = Gemma3TextConfig(**SMALL, vocab_size=128, head_dim=8, num_key_value_heads=2)
-    config = Gemma3Config(
-        text_config=text,
-        vision_config=SiglipVisionConfig(**SMALL, **PATCHES),
-        mm_tokens_per_image=4,
-        image_token_index=IMAGE,
-        boi_token_index=121,
-        eoi_token_index=122,
-    )
-    inputs = picture_and_text()
-    return Gemma3ForConditionalGeneration(config), {**inputs, "token_type_ids": (inputs["input_ids"] == IMAGE).long()}
-
-
-def mistral3() -> Made:
-    config = Mistral3Config(
-        vision_config=PixtralVisionConfig(**SMALL, **PATCHES, head_dim=8),
-        text_config=MistralConfig(**SMALL, vocab_size=128, num_key_value_heads=2, head_dim=8),
-        image_token_index=IMAGE,
-        spatial_merge_size=2,
-    )
-    return Mistral3ForConditionalGeneration(config), {**picture_and_text(), "image_sizes": torch.tensor([[16, 16]] * 2)}
-
-
-MODELS = (vit, dino, llava, gemma3, mistral3)
+MODELS = (vit, dino, llava, gemma3, mistral3, qwen2_vl, qwen3_vl, paligemma, nemotron_h, wav2vec2)
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
@@ -124,3 +62,18 @@ def test_a_lost_tensor_is_missed_under_any_name(lost: str, tmp_path: Path) -> No
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"damaged checkpoint: .* is missing from the weights"):
         ViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_key_mapping_of_one_s_own(tmp_path: Path) -> None:
+    """As embedding models are loaded whose files have other names than the class."""
+    model, inputs = nemotron_h()
+    model.eval()
+    sparsify(model, tau=0.5, calibration=inputs, progress=False)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    file = tmp_path / "model.safetensors"
+    save_file({f"mine.{key}": value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    again = type(model).from_pretrained(tmp_path, key_mapping={r"^mine\.": ""})
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs)[0], model(**inputs)[0])
+    with pytest.raises(ValueError, match="is missing from the weights"):
+        type(model).from_pretrained(tmp_path)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch_prunepath.config import Gate, SparsifyConfig, check_tau
 from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.discover import Which
-from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sample_text
+from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sampled_inputs
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.manifest import forbid_saving
 from torch_prunepath.layer.router import Router
+from torch_prunepath.layer.saving import forbid_saving
 from torch_prunepath.layer.sparse import SelectionRule
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.progress import progress_bar
@@ -102,7 +102,7 @@ def calibration_inputs(
     if calibration is None:
         if not can_sample(model):
             raise ValueError(f"{type(model).__name__} cannot write its own calibration text: pass calibration=")
-        calibration = sample_text(model, tokens, seed, progress)
+        return sampled_inputs(model, tokens, seed, progress, tokenizer)
     return as_inputs(calibration, model, tokenizer, tokens)
 
 

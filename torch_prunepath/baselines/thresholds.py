@@ -157,8 +157,12 @@ class Thresholding:
             site.threshold.fill_(quantiles.threshold(own))
 
     @contextlib.contextmanager
-    def record(self) -> Iterator[ThresholdRecord]:
+    def record(self, *, front_tokens: int = 0) -> Iterator[ThresholdRecord]:
         """Count what is left out while the context is open; padding does not count.
+
+        Args:
+            front_tokens: how many of the first tokens of each row do not count either, as for
+                :func:`torch_prunepath.record_sparsity`.
 
         Raises:
             ValueError: if a record is open already.
@@ -167,7 +171,7 @@ class Thresholding:
             raise ValueError("a record is open already: leave its context first")
         self.recording = ThresholdRecord()
         try:
-            with PaddingTracker(self.model) as tracker:
+            with PaddingTracker(self.model, front_tokens) as tracker:
                 self.recording._tracker = tracker
                 yield self.recording
         finally:

@@ -25,6 +25,7 @@ from torch_prunepath.discover import find_ffns
 from torch_prunepath.evaluation.corpus import load_corpus, windows
 from torch_prunepath.evaluation.models import longest_context
 from torch_prunepath.inputs.data import evaluating
+from torch_prunepath.inputs.front import front_tokens
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.manifest import METHOD
@@ -160,10 +161,10 @@ def _own(folder: Path, options: FFNOptions) -> Source:
     views = list(sparse_views(model).values()) if sparse else [FFNView(model, spec) for spec in find_ffns(model)]
     shape = views[0].spec.hidden_size, views[0].spec.ffn_size
     views = [view for view in views if (view.spec.hidden_size, view.spec.ffn_size) == shape]
-    ids, text = _token_ids(folder, model, max(options.tokens))
+    ids, front, text = _token_ids(folder, model, max(options.tokens))
     count = min(len(views), layers_wanted(_layer(views[0], options), options))
     views = [views[i] for i in torch.linspace(0, len(views) - 1, count).round().long().tolist()]
-    pools = _receive(model, views, ids)
+    pools = _receive(model, views, ids, front)
     layers = [_layer(view, options) for view in views]
     if not sparse:
         layers = [_spread(layer, pool) for layer, pool in zip(layers, pools, strict=True)]
@@ -172,33 +173,38 @@ def _own(folder: Path, options: FFNOptions) -> Source:
     return Source(str(folder), weights, "own" if sparse else "random", layers, pools)
 
 
-def _token_ids(folder: Path, model: Any, tokens: int) -> tuple[Tensor, str]:
-    """Return windows ``[B, C]`` of at least ``tokens`` token ids in all, and a text that says where they come from."""
+def _token_ids(folder: Path, model: Any, tokens: int) -> tuple[Tensor, int, str]:
+    """Return windows ``[B, C]``, how many tokens at the start of each are context only, and where the ids come from.
+
+    The other tokens are at least ``tokens`` in all.
+    """
     length = min(WINDOW, longest_context(model))
     rows = -(-max(tokens, WINDOW) // length)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         size = model.config.get_text_config().vocab_size
         ids_BC = torch.randint(size, (rows, length), generator=torch.Generator().manual_seed(0))
-        return ids_BC, "random token ids (the folder has no tokenizer)"
+        return ids_BC, 0, "random token ids (the folder has no tokenizer)"
     from transformers import AutoTokenizer
 
     with as_user_error(OSError):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    corpus = load_corpus()
+    corpus, front = load_corpus(), front_tokens(tokenizer)
+    rows = -(-max(tokens, WINDOW) // max(1, length - front))
     ids_BC = windows(corpus.held_out, tokenizer, context=length, count=rows, part="held-out text")
-    if ids_BC.numel() < tokens:
-        raise UserError(f"{corpus.name} has {ids_BC.numel()} held-out tokens, not {tokens}: ask for smaller batches")
-    return ids_BC, corpus.name
+    available = ids_BC[:, front:].numel()
+    if available < tokens:
+        raise UserError(f"{corpus.name} has {available} held-out tokens, not {tokens}: ask for smaller batches")
+    return ids_BC, front, corpus.name
 
 
-def _receive(model: Any, views: list[FFNView], ids_BC: Tensor) -> list[Tensor]:
-    """Record the inputs of each FFN while the model reads the windows, ``[N, D]`` each."""
+def _receive(model: Any, views: list[FFNView], ids_BC: Tensor, front: int) -> list[Tensor]:
+    """Record the inputs of each FFN while the model reads the windows, ``[N, D]`` each, without tokens in front."""
     received: dict[str, list[Tensor]] = {view.site: [] for view in views}
 
     def watch(site: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            received[site].append(x.reshape(-1, x.shape[-1]).clone())
+            received[site].append(x.reshape(-1, x.shape[-1])[front:].clone())
 
         return hook
 

@@ -29,6 +29,7 @@ from torch_prunepath.evaluation.models import (
     longest_context,
 )
 from torch_prunepath.evaluation.perplexity import decode_speed, perplexity
+from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.sparsity import SparsityRecord
 
 PROMPT = "The Python programming language is"
@@ -63,7 +64,7 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
         check_ids(model, tokenizer, fit_NC, test_NC)
         choice: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
         skipped = discover(model, **choice).report()
-        rows, records = _measure(model, fit_NC, test_NC, taus, config, choice)
+        rows, records = _measure(model, fit_NC, test_NC, taus, config, front_tokens(tokenizer), choice)
         tau = taus[len(taus) // 2]
         results: dict[str, Any] = {
             "command": "quickstart",
@@ -118,7 +119,13 @@ def _on_card(rows: Sequence[dict[str, Any]], tau: float) -> dict[str, str]:
 
 
 def _measure(
-    model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], config: Any, choice: Mapping[str, Any]
+    model: Any,
+    fit_NC: Any,
+    test_NC: Any,
+    taus: Sequence[float],
+    config: Any,
+    front: int,
+    choice: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], dict[float, SparsityRecord]]:
     """Make the model sparse; return a row for the dense model and one for each tau, and the records of each tau."""
     import torch_prunepath
@@ -136,16 +143,16 @@ def _measure(
             "tokens_per_second": round(speed, 2),
         }
 
-    dense = perplexity(model, test_NC, title="dense: perplexity")
+    dense = perplexity(model, test_NC, front_tokens=front, title="dense: perplexity")
     rows = [row("dense", 1.0, 0.0, dense)]
     say("building experts and fitting routers")
-    torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=[fit_NC], **choice)
+    torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=as_batch(fit_NC, front), **choice)
     records = {}
     for tau in taus:
         torch_prunepath.set_tau(model, tau)
         name = f"tau {tau:g}"
-        with torch_prunepath.record_sparsity(model) as record:
-            quality = perplexity(model, test_NC, title=f"{name}: perplexity")
+        with torch_prunepath.record_sparsity(model, front_tokens=front) as record:
+            quality = perplexity(model, test_NC, front_tokens=front, title=f"{name}: perplexity")
         records[tau] = record
         rows.append(row(name, tau, record.sparsity, quality))
     return rows, records

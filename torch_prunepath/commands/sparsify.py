@@ -12,9 +12,10 @@ from torch_prunepath.console import report
 from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
-from torch_prunepath.evaluation.make_sparse import search_windows
+from torch_prunepath.evaluation.make_sparse import reach_sparsity
 from torch_prunepath.evaluation.models import check_ids, load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
+from torch_prunepath.inputs.front import as_batch, front_tokens
 
 
 def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
@@ -33,6 +34,7 @@ def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
         check_ids(model, tokenizer, fit_NC, test_NC)
+        front = front_tokens(tokenizer)
         results: dict[str, Any] = {
             "command": "sparsify",
             **report.machine(),
@@ -41,15 +43,15 @@ def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
             "config": asdict(config),
             "output": str(options.output),
         }
-        dense = perplexity(model, test_NC, title="dense: perplexity")
-        data = [fit_NC] if config.needs_data else None
+        dense = perplexity(model, test_NC, front_tokens=front, title="dense: perplexity")
+        data = as_batch(fit_NC, front) if config.needs_data else None
         choice: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
         results["skipped"] = discover(model, **choice).report()
         torch_prunepath.sparsify(model, tau=tau, config=config, calibration=data, **choice)
         if options.sparsity is not None:
-            tau = torch_prunepath.set_sparsity(model, options.sparsity, search_windows(fit_NC))
-        with torch_prunepath.record_sparsity(model) as record:
-            sparse = perplexity(model, test_NC, title="sparse: perplexity")
+            tau = reach_sparsity(model, options.sparsity, fit_NC, front)
+        with torch_prunepath.record_sparsity(model, front_tokens=front) as record:
+            sparse = perplexity(model, test_NC, front_tokens=front, title="sparse: perplexity")
         results |= {"tau": tau, "sparsity": record.sparsity, "perplexity": sparse, "dense_perplexity": dense}
         with writing(options.output):
             model.save_pretrained(folder)

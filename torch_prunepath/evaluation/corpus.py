@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_prunepath.console.errors import UserError, one_line
+from torch_prunepath.console.errors import UserError, as_user_error, one_line
+from torch_prunepath.inputs.front import added_tokens, in_windows
 
 CALIBRATION_SHARE = 0.75
 """Share of a text that is used for calibration; the rest is held out. Chosen without measurement."""
@@ -66,7 +67,7 @@ def text_file(path: Path) -> Corpus:
         UserError: if the file cannot be read as text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({one_line(error)}): convert it, or name another file") from error
     except OSError as error:
@@ -112,10 +113,13 @@ def fit_and_test(corpus: Corpus, tokenizer: Any, *, longest: int, tokens: int) -
 def windows(text: str, tokenizer: Any, *, context: int, count: int, part: str) -> Tensor:
     """Cut ``text`` into windows that do not overlap, and choose some that are evenly spread over it.
 
+    Every window starts with what the tokenizer puts in front of a text (:mod:`torch_prunepath.inputs.front`), which is
+    a part of its C tokens. None ends with what the tokenizer puts behind a text, because the text goes on.
+
     Args:
         text: the text.
         tokenizer: a Hugging Face tokenizer.
-        context: tokens of a window, C.
+        context: tokens of a window, those in front included, C.
         count: largest number of windows to return.
         part: name of the text, for the error.
 
@@ -125,12 +129,15 @@ def windows(text: str, tokenizer: Any, *, context: int, count: int, part: str) -
     Raises:
         UserError: if the text does not fill one window.
     """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    available = len(ids) // context
+    ids_T = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    front = added_tokens(tokenizer).front
+    with as_user_error(ValueError):
+        window_NC = in_windows(ids_T, front, context)
+    available = len(window_NC)
     if available == 0:
+        needed = context - len(front)
         raise UserError(
-            f"the {part} is too short: it has {len(ids)} tokens, and at least {context} are needed: give a longer text"
+            f"the {part} is too short: it has {len(ids_T)} tokens, and at least {needed} are needed: give a longer text"
         )
-    window_NC = ids[: available * context].view(available, context)
     chosen_N = torch.linspace(0, available - 1, min(count, available)).round().to(torch.int64)
     return window_NC[chosen_N]

@@ -19,6 +19,7 @@ from torch_prunepath.conversion import sparsify
 from torch_prunepath.discover import Which
 from torch_prunepath.evaluation.corpus import CONTEXT, Corpus, load_corpus, windows
 from torch_prunepath.evaluation.models import check_ids, longest_context
+from torch_prunepath.inputs.front import as_batch
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import layer_tau, set_sparsity
@@ -106,26 +107,31 @@ def make_sparse(
     model: nn.Module,
     window_NC: Tensor,
     config: SparsifyConfig,
+    front: int = 0,
     *,
     include: Which | None = None,
     exclude: Which | None = None,
 ) -> None:
     """Sparsify a dense model in place, with every expert active.
 
+    The first ``front`` tokens of each window are context only.
+
     Raises:
         ValueError: if :func:`torch_prunepath.sparsify` refuses the model, config, data or choice of FFNs.
     """
-    data = [window_NC] if config.needs_data else None
+    data = as_batch(window_NC, front) if config.needs_data else None
     sparsify(model, tau=1.0, config=config, calibration=data, include=include, exclude=exclude)
 
 
-def reach_sparsity(model: nn.Module, sparsity: float, window_NC: Tensor) -> float:
+def reach_sparsity(model: nn.Module, sparsity: float, window_NC: Tensor, front: int = 0) -> float:
     """Set and return the tau whose realised sparsity on some of the windows is ``sparsity``.
+
+    The first ``front`` tokens of each window are context only.
 
     Raises:
         ValueError: if no tau realises that sparsity.
     """
-    return set_sparsity(model, sparsity, search_windows(window_NC))
+    return set_sparsity(model, sparsity, as_batch(search_windows(window_NC), front))
 
 
 def search_windows(window_NC: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torch_prunepath.config import Rule
 from torch_prunepath.inputs.data import Inputs, evaluation_mode
+from torch_prunepath.inputs.front import front_of
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import quiet, removing
 from torch_prunepath.layer.ffn import FFNView
@@ -107,7 +108,7 @@ def _output_gradients(
 ) -> list[tuple[str, Tensor]]:
     """Compute the gradient at the output of each FFN call in one pass: pairs of site and float32 ``[N, D]``.
 
-    Padding is left out.
+    Padding and the tokens in front of a text are left out.
     """
     seen: list[tuple[str, Tensor, Tensor | None]] = []
 
@@ -120,7 +121,7 @@ def _output_gradients(
 
         return hook
 
-    with torch.enable_grad(), PaddingTracker(model) as tracker, contextlib.ExitStack() as stack:
+    with torch.enable_grad(), PaddingTracker(model, front_of([batch])) as tracker, contextlib.ExitStack() as stack:
         for view in views:
             stack.enter_context(removing(view.down.register_forward_hook(watch(view, tracker))))
         loss = _loss(model(**quiet(model, batch)), generator)

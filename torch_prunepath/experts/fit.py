@@ -18,7 +18,7 @@ from torch_prunepath.inputs.data import as_inputs
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.manifest import attach, attached, describe
+from torch_prunepath.layer.saving import refresh
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.ops.experts import expert_sums
 from torch_prunepath.progress import progress_bar
@@ -61,9 +61,10 @@ def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress:
     with torch.no_grad():
         for name, (weight_ED, bias_E) in fitted.items():
             _load_router(layers[name], weight_ED, bias_E)
-    manifest = attached(model)
-    if manifest is not None:
-        attach(model, describe(model, dataclasses.replace(manifest.config, router="fitted")))
+            made_with = layers[name].made_with
+            if made_with is not None:
+                layers[name].made_with = dataclasses.replace(made_with, router="fitted")
+    refresh(model)
     return model
 
 

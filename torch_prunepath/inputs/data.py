@@ -6,46 +6,66 @@ Shapes: B rows, T tokens a row.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_prunepath.inputs.check import NOT_FINITE, check_ids, check_tokens, check_weights
+from torch_prunepath.inputs.forms import evenly, read
+from torch_prunepath.inputs.front import added_tokens, as_batch, front_of
+from torch_prunepath.inputs.text import row_length, text_rows
 from torch_prunepath.progress import progress_bar
 
 Inputs = dict[str, Any]
-ROW_TOKENS = 512
-"""Tokens in a row of calibration text, where the model allows as many. Chosen without measurement: docs/log.md,
-"choosing the training-free defaults on SmolLM2-135M", leaves open whether longer rows are better."""
+
+EVALUATION_ROWS = 8
+"""Rows of one batch, where the caller gave rows or texts. A guess."""
 
 
 def as_inputs(calibration: Any, model: nn.Module, tokenizer: Any = None, tokens: int | None = None) -> Inputs:
-    """Make one batch of model inputs from texts, token ids or batches.
+    """Make one batch of model inputs from texts, chats, token ids, or batches of model inputs.
 
     Args:
-        calibration: a list of texts (with ``tokenizer``); or token ids, int64 ``[B, T]`` or ``[T]``; or a dict of model
-            inputs; or an iterable of such ids or dicts, which are padded to one length and joined.
+        calibration: a text, a chat (dicts with ``role`` and ``content``), one row of token ids, token ids ``[B, T]``,
+            or a dict of model inputs, such as a tokenizer returns; or an iterable of any of these, such as a list, a
+            data loader, a data set of the ``datasets`` package, or a generator. Ids may be tensors, arrays or lists,
+            and rows may differ in length: they are padded and joined. Columns that the model does not take are left
+            out; a column of text, or of chats, is read with the tokenizer if there is one only. ``front_tokens`` in a
+            dict tells how many tokens at the start of each row are context only and count in no statistic.
         model: the model that will receive them; its device and padding token are used.
-        tokenizer: tokenizer for texts; not needed for other data.
-        tokens: largest number of tokens to keep, in whole rows (at least one) that are evenly spread; None: all.
+        tokenizer: tokenizer for texts and chats; not needed for other data. Rows of text start with what it puts in
+            front of every text, which counts in no statistic of a causal model. Ids are taken as they are.
+        tokens: largest number of tokens to keep, in whole rows (at least one) that are evenly spread; None: all. No
+            more elements than that are read: evenly spread, or the first ones of an iterable without a length.
 
     Returns:
-        Keyword arguments for ``model``, on its device.
+        Keyword arguments for ``model``, on its device, and ``front_tokens`` where that is not 0.
 
     Raises:
-        ValueError: if there is no data, a tokenizer for texts is missing, or batches do not fit together.
+        ValueError: if there is no data or no token in it, a tokenizer for texts is missing, batches do not fit
+            together, or an id is outside the model's vocabulary.
         TypeError: if the data is of another type.
     """
-    batches: list[Any] = [calibration] if isinstance(calibration, Tensor | Mapping | str) else _listed(calibration)
-    if not batches:
-        raise ValueError("calibration is empty: pass texts, token batches, or None")
-    if any(isinstance(batch, str) for batch in batches):
-        if not all(isinstance(batch, str) for batch in batches):
-            raise ValueError("calibration mixes texts with other things: pass only texts, or only batches")
-        batches = _tokenize(batches, model, tokenizer)
-    inputs = _join([_as_mapping(batch) for batch in batches], _padding_id(model))
+    found = read(calibration, model, tokenizer, tokens)
+    return _joined(_as_batches(found, model, tokenizer), model, tokenizer, tokens)
+
+
+def _as_batches(found: list[str] | list[Inputs], model: nn.Module, tokenizer: Any) -> list[Inputs]:
+    """Tokenise what is text."""
+    texts = [text for text in found if isinstance(text, str)]
+    if texts:
+        return text_rows(texts, tokenizer, row_length(model), causal=is_causal(model))
+    return [batch for batch in found if not isinstance(batch, str)]
+
+
+def _joined(batches: list[Inputs], model: nn.Module, tokenizer: Any = None, tokens: int | None = None) -> Inputs:
+    inputs = _join(batches, _padding_id(model))
     ids = inputs.get("input_ids")
+    check_tokens(inputs)
+    if ids is not None:
+        check_ids(ids, model, tokenizer)
     if ids is not None and tokens is not None and ids.dim() == 2 and ids.numel() > tokens:
         rows = max(1, tokens // ids.shape[1])
         if rows < ids.shape[0]:
@@ -63,26 +83,6 @@ def _ordinary(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
-def _listed(calibration: Any) -> list[Any]:
-    try:
-        return list(calibration)
-    except TypeError:
-        return [calibration]  # refused by type, like any other thing that is no batch
-
-
-def _as_mapping(batch: Any) -> Inputs:
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    if isinstance(batch, Sequence) and batch and all(isinstance(i, int) for i in batch):
-        batch = torch.tensor(batch)
-    if isinstance(batch, Tensor) and not batch.is_floating_point() and batch.dim() in (1, 2) and batch.numel():
-        return {"input_ids": batch if batch.dim() == 2 else batch.unsqueeze(0)}
-    raise TypeError(
-        "calibration must hold texts, int64 token ids [B, T] or dicts of model inputs, not "
-        + (f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__)
-    )
-
-
 def _join(batches: list[Inputs], padding_id: int) -> Inputs:
     if len({frozenset(batch) for batch in batches}) > 1:
         raise ValueError("calibration batches have different keys: give every batch the same model inputs")
@@ -90,6 +90,7 @@ def _join(batches: list[Inputs], padding_id: int) -> Inputs:
         for batch in batches:
             batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     joined: Inputs = {}
+    front_of(batches)
     for key, first in batches[0].items():
         values = [batch[key] for batch in batches]
         if not isinstance(first, Tensor):
@@ -120,28 +121,6 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(_config(model), "is_encoder_decoder", False))
 
 
-def row_length(model: nn.Module) -> int:
-    """Return the tokens in a row of calibration text: ``ROW_TOKENS``, or fewer if the model has fewer positions."""
-    config = _config(model)
-    limits = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    # RoBERTa counts positions from its padding index + 1.
-    return min([ROW_TOKENS, *(limit - 2 for limit in limits if isinstance(limit, int) and limit > 2)])
-
-
-def _tokenize(texts: list[str], model: nn.Module, tokenizer: Any) -> list[Inputs]:
-    if tokenizer is None:
-        raise ValueError("calibration holds texts: pass tokenizer= as well, or token ids")
-    length = row_length(model)
-    rows = []
-    for text in texts:
-        ids = list(tokenizer(text, verbose=False)["input_ids"])
-        rows += [ids[start : start + length] for start in range(0, len(ids), length)]
-    rows = [row for row in rows if len(row) >= min(8, length)] or [row for row in rows if row]
-    if not rows:
-        raise ValueError("calibration texts are empty after tokenisation: pass more text")
-    return [{"input_ids": torch.tensor([row])} for row in rows]
-
-
 def can_sample(model: nn.Module) -> bool:
     """Whether :func:`sample_text` can use the model: a causal language model that generates from token ids alone."""
     can_generate = getattr(model, "can_generate", None)
@@ -153,71 +132,107 @@ def can_sample(model: nn.Module) -> bool:
     )
 
 
-def sample_text(model: Any, tokens: int, seed: int = 0, progress: bool = True) -> Tensor:
-    """Let a causal language model write its own calibration text: ids ``[B, T]`` sampled at temperature 1.
+def is_causal(model: nn.Module) -> bool:
+    """Whether each token sees only those before it, as in every language model that writes from left to right."""
+    # Attention says so itself, also in a model without a head.
+    told = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    return can_sample(model) or (told and not _is_encoder_decoder(model))
 
-    The global random state is left as it was.
+
+def sampling_start(model: Any, tokenizer: Any = None) -> list[int]:
+    """Return the token ids from which a causal language model begins to write; none if nothing names any.
+
+    They are what its tokenizer puts in front of every text; else its config's beginning of a sequence, or the end.
+    """
+    front = [] if tokenizer is None else list(added_tokens(tokenizer).front)
+    config = model.config.get_text_config()
+    return front or [i for i in (config.bos_token_id, config.eos_token_id) if isinstance(i, int)][:1]
+
+
+def sampled_inputs(model: Any, tokens: int, seed: int = 0, progress: bool = True, tokenizer: Any = None) -> Inputs:
+    """Let a causal language model write its own calibration text; what it starts from counts in no statistic.
 
     Raises:
-        ValueError: if :func:`can_sample` is false for the model.
+        ValueError: as :func:`sample_text`.
+    """
+    ids = sample_text(model, tokens, seed, progress, tokenizer)
+    return as_inputs(as_batch(ids, len(sampling_start(model, tokenizer))), model)
+
+
+def sample_text(model: Any, tokens: int, seed: int = 0, progress: bool = True, tokenizer: Any = None) -> Tensor:
+    """Let a causal language model write its own calibration text: ids ``[B, T]`` sampled at temperature 1.
+
+    Every row starts with :func:`sampling_start`, or with an id by chance. The global random state is left as it was.
+
+    Raises:
+        ValueError: if :func:`can_sample` is false for the model, or its logits are not finite.
     """
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
     if not can_sample(model):
         raise ValueError("the model cannot write its own calibration text: pass calibration=")
-    length = max(2, min(row_length(model), tokens))
+    start = sampling_start(model, tokenizer)
+    places = max(1, len(start))
+    length = max(places + 1, min(row_length(model), tokens))
     rows = max(1, tokens // length)
     device = next(model.parameters()).device
     config = model.config.get_text_config()
-    start = next((i for i in (config.bos_token_id, config.eos_token_id) if isinstance(i, int)), None)
 
     class Tick(StoppingCriteria):  # type: ignore[misc]
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             bar.update(rows)
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
+    new = length - places
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         evaluating(model),
-        progress_bar(total=rows * (length - 1), desc="sampling calibration text", unit="tok", progress=progress) as bar,
+        progress_bar(total=rows * new, desc="sampling calibration text", unit="tok", progress=progress) as bar,
     ):
         torch.manual_seed(seed)
-        if start is None:
-            first = torch.randint(config.vocab_size, (rows, 1), device=device)
+        if start:
+            first = torch.tensor(start, device=device).repeat(rows, 1)
         else:
-            first = torch.full((rows, 1), start, device=device)
+            first = torch.randint(config.vocab_size, (rows, 1), device=device)
         generation = GenerationConfig(
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
+            min_new_tokens=new,
+            max_new_tokens=new,
             pad_token_id=_padding_id(model),
             eos_token_id=config.eos_token_id,
         )
-        ids: Tensor = model.generate(
-            first,
-            attention_mask=torch.ones_like(first),
-            generation_config=generation,
-            stopping_criteria=StoppingCriteriaList([Tick()]),
-        )
+        with _finite_logits(model):
+            ids: Tensor = model.generate(
+                first,
+                attention_mask=torch.ones_like(first),
+                generation_config=generation,
+                stopping_criteria=StoppingCriteriaList([Tick()]),
+            )
     return ids
+
+
+@contextlib.contextmanager
+def _finite_logits(model: nn.Module) -> Iterator[None]:
+    """Say what is wrong where torch refuses to draw from the model's probabilities."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        check_weights(model)
+        raise ValueError(NOT_FINITE + "it cannot write its own calibration text: load it in float32") from error
 
 
 def iterate_inputs(batches: Any, model: nn.Module, tokenizer: Any = None) -> list[Inputs]:
     """Turn data into batches for evaluation, each as keyword arguments for the model on its device.
 
-    It takes the same data as :func:`as_inputs`. Texts become rows, eight to a batch (a guess).
+    It takes the same data as :func:`as_inputs`. Texts and single rows are joined, ``EVALUATION_ROWS`` to a batch.
     """
-    if isinstance(batches, Tensor | Mapping | str):
-        batches = [batches]
-    batches = list(batches)
-    if batches and all(isinstance(batch, str) for batch in batches):
-        joined = as_inputs(batches, model, tokenizer)
-        rows = joined["input_ids"].shape[0]
-        return [{k: v[start : start + 8] for k, v in joined.items()} for start in range(0, rows, 8)]
-    return [as_inputs(batch, model) for batch in batches]
+    found = _as_batches(read(batches, model, tokenizer), model, tokenizer)
+    return [_joined(group, model, tokenizer) for group in evenly(found, EVALUATION_ROWS)]
 
 
 @contextlib.contextmanager

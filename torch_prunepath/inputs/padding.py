@@ -31,10 +31,14 @@ class PaddingTracker:
     It watches the ``attention_mask`` of the model and of every stack (a transformers model inside it). The mask of an
     encoder is never used for a decoder that attends to it: where the decoder has no mask, ``labels`` tell where its
     rows end, if there are any.
+
+    Args:
+        model: the model whose forward passes are watched.
+        front: how many of the first real tokens of each row do not count, although they are no padding.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, front: int = 0) -> None:
+        self._model, self.front = model, front
         self._masks: list[_Masks] = []
         self._handles: list[Any] = []
 
@@ -43,7 +47,7 @@ class PaddingTracker:
             # Stacks: the model itself and the transformers models nested in it.
             if module is self._model or hasattr(module, "get_input_embeddings"):
                 parameters = list(inspect.signature(module.forward).parameters)
-                if "attention_mask" in parameters:
+                if "attention_mask" in parameters or (self.front and "input_ids" in parameters):
                     self._handles += [
                         module.register_forward_pre_hook(self._enter(parameters), with_kwargs=True),
                         module.register_forward_hook(self._leave, always_call=True),
@@ -64,7 +68,7 @@ class PaddingTracker:
             labels = _two_dimensional(given.get("labels"))
             if decoder is None and labels is not None and "decoder_input_ids" in parameters:
                 decoder = _up_to_the_end(labels)
-            own = _two_dimensional(given.get("attention_mask"))
+            own = self._without_front(_two_dimensional(given.get("attention_mask")), given)
             if own is None:  # none of its own, or one already expanded to attention's shape: what surrounds it holds
                 own = around.own if given.get("encoder_hidden_states") is None else around.decoder
             if own is None:
@@ -74,6 +78,15 @@ class PaddingTracker:
             self._masks.append(_Masks(own, around.decoder if decoder is None else decoder))
 
         return hook
+
+    def _without_front(self, mask: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
+        """Clear the tokens in front in a mask, or in that of inputs without padding; ``[B, T]``, or None if unknown."""
+        if not self.front:
+            return mask
+        ids = given.get("input_ids")
+        if mask is None and isinstance(ids, Tensor):
+            mask = torch.ones_like(ids)
+        return None if mask is None else (mask != 0) & ((mask != 0).cumsum(1) > self.front)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._masks.pop()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.inputs.data import Inputs, evaluating
+from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer.ffn import FFNView
 
@@ -27,8 +28,9 @@ def visit_inputs(
 ) -> None:
     """Run ``inputs`` through a dense model, and call ``visit(view, x_ND)`` with the input of each FFN as it runs.
 
-    Only one FFN's input is in memory at a time, and nothing after the last FFN is computed. Padding is left out. An FFN
-    that is called several times in one pass (shared layers) is visited once, with an even share of each call's tokens.
+    Only one FFN's input is in memory at a time, and nothing after the last FFN is computed. Padding is left out, and so
+    are the tokens in front of a text (``front_tokens`` of the inputs). An FFN that is called several times in one pass
+    (shared layers) is visited once, with an even share of each call's tokens.
 
     Raises:
         ValueError: if these inputs do not run some FFN.
@@ -54,7 +56,7 @@ def visit_inputs(
 
         return hook
 
-    with evaluating(model), PaddingTracker(model) as tracker, contextlib.ExitStack() as stack:
+    with evaluating(model), PaddingTracker(model, front_of([inputs])) as tracker, contextlib.ExitStack() as stack:
         for view in views:
             stack.enter_context(removing(view.up.register_forward_pre_hook(watch(view, tracker))))
         with contextlib.suppress(_LastFFNSeen):
@@ -111,7 +113,8 @@ def removing(handle: Any) -> Iterator[None]:
 
 
 def quiet(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Add ``use_cache=False`` to the inputs of a model that has that option."""
+    """Keep what is the model's, and add ``use_cache=False`` where the model has that option."""
+    inputs = for_model(inputs)
     if (
         hasattr(getattr(model, "config", None), "use_cache")
         and "use_cache" in inspect.signature(model.forward).parameters

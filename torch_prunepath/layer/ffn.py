@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_prunepath.activations import activate
 from torch_prunepath.config import FFNSpec
@@ -41,6 +42,27 @@ def weight_out_in(module: nn.Module) -> Tensor:
 def bias_of(module: nn.Module) -> Tensor | None:
     """The bias ``[out]``, or None."""
     return getattr(module, "bias", None)
+
+
+def is_shard(weight: object) -> bool:
+    """Whether a weight is a ``DTensor``, of which this process holds a part."""
+    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")
+
+
+def is_subclass(weight: object) -> bool:
+    """Whether a weight computes in a way of its own: quantised by torchao, or shared out over ranks.
+
+    Raises:
+        ValueError: if it is shared out over ranks and not gathered: a layer would take its part for the whole.
+    """
+    if type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight):
+        return False
+    if is_shard(weight):
+        raise ValueError(
+            "the weights of a sparse layer are shared out over ranks (DTensor) and not gathered when it runs: sparse "
+            "layers run with whole weights, on one GPU or under FSDP2, not with tensor parallelism"
+        )
+    return True
 
 
 def _set_weight(module: nn.Module, weight_oi: Tensor) -> None:

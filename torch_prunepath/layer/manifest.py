@@ -9,23 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
-
-import torch
-from torch import nn
+from typing import Any
 
 from torch_prunepath.config import FORMAT_VERSION, FFNSpec, SparsifyConfig, check_tau, num_experts
-from torch_prunepath.layer import ExpertsSpec, RoutedExperts
-from torch_prunepath.layer.ffn import FFNView, weight_out_in
-from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.swap import make_routed
+from torch_prunepath.layer import ExpertsSpec
 
 METHOD = "prunepath"
 
 
 @dataclass(frozen=True)
 class LayerManifest:
-    """One sparse layer: where it is, how it routes, its tau and budget, whether its router has bias and norm."""
+    """One sparse layer: where it is, how it routes, its tau and budget, whether its router has bias and norm.
+
+    ``made_with`` is the configuration that made it, or None where that is the manifest's.
+    """
 
     ffn: FFNSpec
     experts: ExpertsSpec
@@ -33,6 +30,7 @@ class LayerManifest:
     budget: float = 1.0
     router_bias: bool = False
     router_norm: bool = False
+    made_with: SparsifyConfig | None = None
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
@@ -47,7 +45,7 @@ class LayerManifest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole model: its layers, and the configuration that made them."""
+    """A whole model: its layers, and the configuration that made the first of them."""
 
     layers: tuple[LayerManifest, ...]
     config: SparsifyConfig
@@ -55,6 +53,9 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         whole = dataclasses.asdict(self)
+        for layer in whole["layers"]:
+            if layer["made_with"] is None:
+                del layer["made_with"]
         shared, layers = _factored(whole["layers"])
         return {
             "quant_method": METHOD,
@@ -101,7 +102,11 @@ def _factored(layers: Sequence[dict[str, Any]], apart: Sequence[str] = ("tau",))
     """
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in layers]
-    for key in layers[0] if layers else ():
+    for key in dict.fromkeys(key for layer in layers for key in layer):
+        if not all(key in layer for layer in layers):  # a few were made with a configuration of their own
+            for rest, layer in zip(own, layers, strict=True):
+                rest |= {key: layer[key]} if key in layer else {}
+            continue
         values = [layer[key] for layer in layers]
         if isinstance(values[0], dict):
             part, remains = _factored(values, apart=("name",))
@@ -123,116 +128,6 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _layer(data: Mapping[str, Any]) -> LayerManifest:
-    return LayerManifest(**{**data, "ffn": FFNSpec(**data["ffn"]), "experts": ExpertsSpec(**data["experts"])})
-
-
-def describe(model: nn.Module, config: SparsifyConfig) -> Manifest:
-    """The manifest of a sparse model."""
-    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    return Manifest(tuple(map(_describe, layers)), config)
-
-
-def _describe(layer: RoutedExperts) -> LayerManifest:
-    bias = layer.router.bias is not None
-    return LayerManifest(layer.ffn, layer.experts, float(layer.tau), layer.budget, bias, layer.router_norm)
-
-
-def attach(model: nn.Module, manifest: Manifest | None) -> None:
-    """Put the manifest where ``save_pretrained`` finds it, or take it away, and end what :func:`forbid_saving` began.
-
-    Models without a config are left alone.
-    """
-    for module in model.modules():
-        if isinstance(vars(module).get("save_pretrained"), SavingRefused):
-            del module.save_pretrained
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return
-    if manifest is not None:
-        config.quantization_config = manifest.to_dict()
-    elif hasattr(config, "quantization_config"):
-        del config.quantization_config
-
-
-@dataclass(frozen=True)
-class SavingRefused:
-    """Stands where ``save_pretrained`` did, in a model that no checkpoint can hold; pickle and deepcopy keep it."""
-
-    why: str
-
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(self.why)
-
-
-def forbid_saving(model: nn.Module, why: str) -> None:
-    """Make ``save_pretrained``, of the model and of models inside it, raise ``ValueError(why)`` before it writes.
-
-    :func:`attach` and :func:`torch_prunepath.densify` end that.
-    """
-    attach(model, None)
-    for module in model.modules():
-        if hasattr(module, "save_pretrained"):
-            module.save_pretrained = SavingRefused(why)  # type: ignore[assignment]
-
-
-def attached(model: nn.Module) -> Manifest | None:
-    """The manifest that the model's config carries, if any."""
-    data = getattr(getattr(model, "config", None), "quantization_config", None)
-    if data is None:
-        return None
-    data = data if isinstance(data, Mapping) else data.to_dict()
-    return Manifest.from_dict(data) if data.get("quant_method") == METHOD else None
-
-
-def saved_names(model: nn.Module, name: str) -> tuple[str, ...]:
-    """What a submodule may be called in the headed and the head-less variant of a transformers model."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    return name, prefix + name, name.removeprefix(prefix)
-
-
-def resolve(model: nn.Module, ffn: FFNSpec) -> FFNView:
-    """The FFN in ``model``, which may be the head-less or the headed variant of the model that was saved.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    for name in saved_names(model, ffn.name):
-        try:
-            return FFNView(model, dataclasses.replace(ffn, name=name))
-        except AttributeError:
-            continue
-    raise ValueError(
-        f"the checkpoint says there is an FFN at {ffn.name!r}, but {type(model).__name__} has none: load it with the "
-        "class that it was saved from"
-    )
-
-
-def rebuild(model: nn.Module, manifest: Manifest) -> None:
-    """Make a dense model (usually still without weights) sparse as the manifest says, in place.
-
-    Routers and permutations are left uninitialised, for a state dict to fill.
-
-    Raises:
-        ValueError: if the model does not hold what the manifest names. Nothing was changed then.
-    """
-    views = [resolve(model, layer.ffn) for layer in manifest.layers]
-    for view in views:
-        actual, spec = tuple(view.down_FD.shape), view.spec
-        if actual != (spec.ffn_size, spec.hidden_size):
-            raise ValueError(
-                f"the checkpoint says that the FFN at {spec.name!r} is {spec.hidden_size}x{spec.ffn_size}, but "
-                f"the model has {actual[1]}x{actual[0]}: config.json and the weights do not belong together"
-            )
-    for view, layer in zip(views, manifest.layers, strict=True):
-        weight = weight_out_in(view.up)
-        ffn, size = view.spec, layer.experts.expert_size
-        router = Router(ffn.hidden_size, num_experts(ffn.ffn_size, size), bias=layer.router_bias).to(weight.dtype)
-        router.router_norm = layer.router_norm
-        with torch.device(weight.device):
-            order_F = torch.arange(ffn.ffn_size)
-        make_routed(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget)
+    made_with = SparsifyConfig(**data["made_with"]) if "made_with" in data else None
+    parts = {"ffn": FFNSpec(**data["ffn"]), "experts": ExpertsSpec(**data["experts"]), "made_with": made_with}
+    return LayerManifest(**{**data, **parts})

@@ -9,18 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.activations import activate
-from torch_prunepath.layer.ffn import FFNView, bias_of, weight_out_in
+from torch_prunepath.layer.ffn import FFNView, bias_of, is_subclass, weight_out_in
 from torch_prunepath.ops.experts import weigh, zero_inactive
 from torch_prunepath.ops.operators import expert_down, expert_up
 from torch_prunepath.weights import UpWeights
 
 
 def is_plain(view: FFNView, *modules: nn.Module | None) -> bool:
-    """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks."""
+    """Whether each module is just its weight: not wrapped (LoRA), quantised, offloaded, or watched by forward hooks.
+
+    Raises:
+        ValueError: if a weight is shared out over ranks.
+    """
     known: tuple[type, ...] = view.owner.projection_types  # type: ignore[assignment]
     return all(
-        module is None or (any(type(module) is kind for kind in known) and not is_watched(module)) for module in modules
+        module is None
+        or (
+            not is_subclass(getattr(module, "weight", None))  # first, to refuse a shard whatever else there is
+            and any(type(module) is kind for kind in known)
+            and not is_watched(module)
+        )
+        for module in modules
     )
+
+
+def check_whole(*modules: nn.Module | None) -> None:
+    """Refuse projections of which this process holds a part.
+
+    Raises:
+        ValueError: if a weight is shared out over ranks.
+    """
+    for module in modules:
+        is_subclass(getattr(module, "weight", None))
 
 
 def runs_here_and_now(x_TD: Tensor) -> bool:
@@ -56,6 +76,7 @@ def up(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int)
 
 def up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str, size: int) -> Tensor:
     """Let the projections compute every neuron, whatever wraps them; then drop what is inactive."""
+    check_whole(view.up, view.gate)
     up_TF, gate_TF = view.up(x_TD), None
     if view.gate is not None:
         gate_TF = view.gate(x_TD)
@@ -80,6 +101,7 @@ def down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None
 
 def down_by_modules(view: FFNView, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, size: int) -> Tensor:
     """Let the last projection read every neuron: inactive ones are 0."""
+    check_whole(view.down)
     h_TF = weigh(h_TF, weights_TE, size)
     if is_plain(view, view.down) and not torch.is_autocast_enabled(h_TF.device.type):
         h_TF = h_TF.to(weight_out_in(view.down).dtype)  # T5's is float32 whatever the model's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from torch_prunepath.layer import RoutedExperts, SparseFFN
-from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.ffn import FFNView, is_shard
 from torch_prunepath.layer.sparse import SparseDown, SparseUp
 
 
@@ -31,6 +31,23 @@ def _as_made(module: nn.Module, known: tuple[type, ...]) -> bool:
     """Whether a projection is of a class that conversion left, its weight plain: a subclass may be a quantised one."""
     same = isinstance(module, SparseUp | SparseDown) or any(type(module) is kind for kind in known)
     return same and type(module.weight) is nn.Parameter
+
+
+def refuse_shards(name: str, layer: nn.Module) -> None:
+    """Refuse a layer of which each rank holds a part (tensor parallelism): it would compute with that part alone.
+
+    Parts that FSDP2 gathers before the layer runs are none of these.
+
+    Raises:
+        ValueError: if a weight in it is a ``DTensor`` of a mesh that has a dimension ``"tp"``.
+    """
+    for weight in layer.parameters():
+        if is_shard(weight) and "tp" in (weight.device_mesh.mesh_dim_names or ()):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{name} is sparse, and its weights are shared out over ranks (tensor parallelism), which sparse "
+                "layers cannot do: load the model without tp_plan, whole on each GPU, or spread over them with "
+                'device_map="auto"; densify(model) makes a dense checkpoint, which can be shared out'
+            )
 
 
 def refuse_wrapper(model: object) -> None:

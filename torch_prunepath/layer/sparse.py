@@ -19,8 +19,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_prunepath.config import FFNSpec, Gate, Rule, num_experts
-from torch_prunepath.layer.ffn import FFNView, bias_of, site_name, weight_out_in
+from torch_prunepath.config import FFNSpec, Gate, Rule, SparsifyConfig, num_experts
+from torch_prunepath.layer.ffn import FFNView, bias_of, is_subclass, site_name, weight_out_in
 from torch_prunepath.layer.handoff import Handoff
 from torch_prunepath.layer.projections import (
     down,
@@ -38,6 +38,7 @@ from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.tau import Float32Tau
 from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.cpu.packs import Packs
+from torch_prunepath.ops.experts import weigh, zero_inactive
 from torch_prunepath.ops.operators import select_experts
 from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn
 from torch_prunepath.select import sigmoid_weights
@@ -116,6 +117,7 @@ class RoutedExperts(Float32Tau, Swapped):
     router: Router
     permutation: Tensor
     budget: float
+    made_with: SparsifyConfig | None = None  # an adapter's config has it instead
     routing_hooks: OrderedDict[int, RoutingHook]
     recorders: tuple[Recorder, ...] = ()
     selection: SelectionRule | None = None  # in the place of experts.rule
@@ -255,6 +257,11 @@ class SparseUp(RoutedExperts):
         shape = x.shape
         x_TD = x.reshape(-1, shape[-1])
         self.handoff.routing = mask_TE, _ = self.route(x_TD, shape[:-1])
+        if is_subclass(self.weight):
+            h_TF = super().forward(x_TD)
+            width = self.ffn.ffn_size
+            halves_TF = [zero_inactive(half_TF, mask_TE, self.experts.expert_size) for half_TF in h_TF.split(width, -1)]
+            return torch.cat(halves_TF, dim=-1).reshape(*shape[:-1], h_TF.shape[-1])
         rows, bias = weight_out_in(self), bias_of(self)
         # Fused gate and up: two FFN widths under one mask.
         halves = [(rows, bias)]
@@ -277,7 +284,13 @@ class SparseDown(Swapped):
         routing = self.handoff.take()
         assert routing is not None, "fc2 was called before its fc1"
         mask_TE, weights_TE = routing
-        y_TD = down_of(self, h.reshape(-1, h.shape[-1]), mask_TE, weights_TE, self.expert_size)
+        h_TF = h.reshape(-1, h.shape[-1])
+        if is_subclass(self.weight):
+            y_TD: Tensor = super().forward(
+                weigh(zero_inactive(h_TF, mask_TE, self.expert_size), weights_TE, self.expert_size)
+            )
+        else:
+            y_TD = down_of(self, h_TF, mask_TE, weights_TE, self.expert_size)
         return y_TD.reshape(*h.shape[:-1], y_TD.shape[-1])
 
 

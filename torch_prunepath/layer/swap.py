@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.layer import ExpertsSpec, RoutedExperts, SparseFFN, is_sparse
 from torch_prunepath.layer.ffn import FFNView, weight_out_in
 from torch_prunepath.layer.handoff import Handoff
@@ -19,28 +20,41 @@ from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.sparse import SparseDown, SparseUp, bases_of, sparse_class
 
 
-def make_routed(
-    view: FFNView, experts: ExpertsSpec, router: Router, order_F: Tensor, tau: float, budget: float = 1.0
-) -> RoutedExperts:
-    """Turn a dense FFN, whose neurons are already in expert order, into a sparse one, in place.
+@dataclass(frozen=True)
+class Swap:
+    """What becomes of one dense FFN.
 
-    Args:
+    Attributes:
         view: the dense FFN.
         experts: how it routes.
         router: ``Router(D, E)``.
-        order_F: the permutation that was applied.
+        order_F: the permutation that brings its neurons into expert order.
         tau: in (0, 1].
         budget: how much of the model's tau this layer takes part in; see :func:`torch_prunepath.sparsity.layer_tau`.
+        made_with: the configuration that experts and router were made with.
     """
-    spec = view.spec
+
+    view: FFNView
+    experts: ExpertsSpec
+    router: Router
+    order_F: Tensor
+    tau: float
+    budget: float
+    made_with: SparsifyConfig
+
+
+def make_routed(swap: Swap) -> RoutedExperts:
+    """Turn a dense FFN, whose neurons are already in expert order, into a sparse one, in place."""
+    view, experts, spec = swap.view, swap.experts, swap.view.spec
     site = view.up if spec.split else view.owner
     device = weight_out_in(view.up).device
     site.__class__ = sparse_class(type(site), SparseUp if spec.split else SparseFFN)  # type: ignore[arg-type]
     assert isinstance(site, RoutedExperts)
-    site.ffn, site.experts, site.budget, site.routing_hooks = spec, experts, budget, OrderedDict()
-    site.router = router
-    site.register_buffer("tau", torch.tensor(tau, dtype=torch.float32, device=device), persistent=False)
-    site.register_buffer("permutation", order_F.to(device=device, dtype=torch.int32))
+    site.ffn, site.experts, site.budget, site.made_with = spec, experts, swap.budget, swap.made_with
+    site.routing_hooks = OrderedDict()
+    site.router = swap.router
+    site.register_buffer("tau", torch.tensor(swap.tau, dtype=torch.float32, device=device), persistent=False)
+    site.register_buffer("permutation", swap.order_F.to(device=device, dtype=torch.int32))
     if isinstance(site, SparseFFN):
         site.projection_types = tuple(
             {type(module) for module in (view.up, view.gate, view.down) if module is not None}
@@ -52,25 +66,8 @@ def make_routed(
     return site
 
 
-@dataclass(frozen=True)
-class Swap:
-    """What becomes of one dense FFN, whose neurons are still in their own order.
-
-    Attributes:
-        view: the FFN.
-        experts, router, order_F, tau, budget: as for :func:`make_routed`; ``order_F`` is still to be applied.
-    """
-
-    view: FFNView
-    experts: ExpertsSpec
-    router: Router
-    order_F: Tensor
-    tau: float
-    budget: float = 1.0
-
-
 def make_all_routed(swaps: Sequence[Swap]) -> None:
-    """Turn dense FFNs into sparse ones, one after the other, in place; needs the memory of one more layer.
+    """Permute dense FFNs and make them sparse, one after the other, in place; needs the memory of one more layer.
 
     If it cannot finish, or is interrupted, every FFN is as it was.
     """
@@ -80,7 +77,7 @@ def make_all_routed(swaps: Sequence[Swap]) -> None:
         for swap in swaps:
             originals = [(parameter, parameter.data) for parameter in swap.view.parameters()]
             swap.view.permute_(swap.order_F)
-            make_routed(swap.view, swap.experts, swap.router, swap.order_F, swap.tau, swap.budget)
+            make_routed(swap)
             done.append(swap)
     except BaseException:
         for swap in swaps:
@@ -95,7 +92,7 @@ def make_all_routed(swaps: Sequence[Swap]) -> None:
 
 # What make_routed and its users put into a module, and make_dense takes out again.
 _ROUTED_STATE = (
-    "router", "tau", "permutation", "ffn", "experts", "budget", "routing_hooks", "recorders", "selection",
+    "router", "tau", "permutation", "ffn", "experts", "budget", "made_with", "routing_hooks", "recorders", "selection",
     "projection_types", "packs", "handoff",
 )  # fmt: skip
 _DOWN_STATE = ("handoff", "expert_size")

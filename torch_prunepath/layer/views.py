@@ -43,10 +43,22 @@ def spec_here(name: str, layer: RoutedExperts) -> FFNSpec:
         up, down = _innermost(layer, spec.up), _innermost(layer, spec.down)
         gate = None if spec.gate is None else _innermost(layer, spec.gate)
         return dataclasses.replace(spec, name=name, up=up, gate=gate, down=down)
-    owner, found, inside = f".{name}".rpartition(f".{spec.up}")
+    owner = owner_of(name, layer)
+    return dataclasses.replace(spec, name=owner, up=name.removeprefix(f"{owner}."))
+
+
+def owner_of(name: str, layer: RoutedExperts) -> str:
+    """Name of the module that holds the FFN's projections, of a sparse layer that is called ``name`` by now.
+
+    Raises:
+        ValueError: if something was put between the halves of one that is split.
+    """
+    if not layer.ffn.split:
+        return name
+    owner, found, inside = f".{name}".rpartition(f".{layer.ffn.up}")
     if not found or inside[:1] not in ("", "."):
         raise ValueError(f"{name}: a module was put between it and the FFN that it is a part of: take that off first")
-    return dataclasses.replace(spec, name=owner.removeprefix("."), up=spec.up + inside)
+    return owner.removeprefix(".")
 
 
 def _innermost(owner: nn.Module, part: str) -> str:

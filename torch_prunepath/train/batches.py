@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.inputs.data import Inputs, can_sample
+from torch_prunepath.inputs.front import FRONT, as_batch
 
 IGNORED = -100
 """The label of positions that no loss counts, as in torch's ``cross_entropy`` and in transformers."""
@@ -31,7 +32,8 @@ def as_dict(batch: Any) -> Inputs:
 def with_labels(batch: Any, causal: bool) -> Inputs:
     """Copy a batch into a dict that has labels.
 
-    Where it has none, the labels of a causal language model are the tokens themselves, without padding.
+    Where it has none, the labels of a causal language model are the tokens themselves, without padding and those in
+    front of a text (``front_tokens``).
 
     Raises:
         ValueError: if the batch is not a mapping, or has no labels and the model is not a causal language model.
@@ -44,6 +46,7 @@ def with_labels(batch: Any, causal: bool) -> Inputs:
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == inputs["labels"].shape:
             inputs["labels"].masked_fill_(mask == 0, IGNORED)
+        inputs["labels"][:, : inputs.get(FRONT, 0)] = IGNORED
     return inputs
 
 
@@ -139,18 +142,19 @@ class Batches:
         window_NC: token ids, int64 ``[N, C]``: N windows of C tokens.
         rows: largest number of windows in a batch.
         seed: seed of the order.
+        front: tokens at the start of each window that are context only: they are no labels and count in no statistic.
     """
 
-    def __init__(self, window_NC: Tensor, rows: int, seed: int) -> None:
+    def __init__(self, window_NC: Tensor, rows: int, seed: int, front: int = 0) -> None:
         order_N = torch.randperm(len(window_NC), generator=torch.Generator().manual_seed(seed))
-        self.rows, self._window_NC = rows, window_NC[order_N]
+        self.rows, self._window_NC, self._front = rows, window_NC[order_N], front
 
     def __len__(self) -> int:
         return -(-len(self._window_NC) // self.rows)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Inputs]:
         for window_BC in self._window_NC.split(self.rows):
-            yield {"input_ids": window_BC}
+            yield as_batch(window_BC, self._front)
 
     def fingerprint(self) -> str:
         """Return a hash that differs when the batches differ."""

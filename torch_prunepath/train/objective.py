@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_prunepath.inputs.data import Inputs
+from torch_prunepath.inputs.front import front_of
 from torch_prunepath.inputs.visit import quiet
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.sparsity import layer_tau
@@ -183,7 +184,7 @@ class Objective:
         config = self.config
         inputs = quiet(self.inner, batch if "task" in config.losses else self._without_loss(batch))
         teacher_logits = None
-        self.tape.inside = Targets(config, seed, self.device)
+        self.tape.inside, self.tape.front = Targets(config, seed, self.device), front_of([batch])
         with torch.autocast(self.device.type, torch.bfloat16) if config.autocast else contextlib.nullcontext():
             if self.teacher is not None:
                 with torch.no_grad():

@@ -29,7 +29,7 @@ class RoutedCall:
         view: its FFN.
         scores_TE: float32 router scores, with their graph.
         mask_TE: bool, the active experts.
-        weight_T: float32, 0 for padding and 1 for other tokens; None where every token counts.
+        weight_T: float32, 0 for padding and tokens in front of a text, and 1 for others; None where every token counts.
         x_TD: the layer's input with its graph, if the tape keeps inputs.
         y_TD: the layer's output with its graph, if the tape keeps outputs.
         inside: what the tape's ``inside`` answered.
@@ -98,6 +98,9 @@ class RoutingTape:
         inside: called with each call (and its input) while the layer runs; what it answers is kept with the call. For
             what reads the layer's weights, which are whole only then if they are sharded (FSDP2). It may be set anew.
 
+    Attributes:
+        front: how many tokens at the start of each row do not count, as ``front_tokens`` of the batch that runs next.
+
     Raises:
         ValueError: if the model holds no sparse FFN.
 
@@ -119,7 +122,7 @@ class RoutingTape:
     ) -> None:
         self._model, self._inputs, self._outputs, self.inside = model, inputs, outputs, inside
         self.layers, self._views = sparse_layers(model), sparse_views(model)
-        self._depth = 0
+        self._depth, self.front = 0, 0
         self._stack = contextlib.ExitStack()
         self._recorders: dict[str, LayerRecorder] = {}
         self.calls: list[RoutedCall] = []
@@ -129,7 +132,7 @@ class RoutingTape:
         enter = self._stack.enter_context
         enter(removing(self._model.register_forward_pre_hook(self._start)))
         enter(removing(self._model.register_forward_hook(self._end, always_call=True)))
-        tracker = enter(PaddingTracker(self._model))
+        tracker = enter(PaddingTracker(self._model, self.front))
         for name, layer in self.layers.items():
             view = self._views[name]
             self._recorders[name] = recorder = LayerRecorder(view, self._inputs, self.inside, tracker)

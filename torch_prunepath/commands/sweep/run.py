@@ -24,7 +24,8 @@ from torch_prunepath.evaluation import lm_eval as harness
 from torch_prunepath.evaluation.corpus import Corpus, load_corpus
 from torch_prunepath.evaluation.make_sparse import fit_windows, holds_sparse_layers, make_sparse, reach_sparsity
 from torch_prunepath.evaluation.models import load_model
-from torch_prunepath.layer.manifest import attached
+from torch_prunepath.inputs.front import front_tokens
+from torch_prunepath.layer.saving import describe
 from torch_prunepath.sparsity import set_tau
 
 
@@ -128,9 +129,7 @@ class _Sweep:
     def rows(self, points: Sequence[Point]) -> list[dict[str, Any]]:
         """The reference and every point. A dense model is sparse afterwards."""
         if self._sparse:
-            manifest = attached(self._model)
-            assert manifest is not None, "a checkpoint carries its manifest"
-            self._config = manifest.config
+            self._config = describe(self._model).config
             reference = self._at(Point(tau=1.0))
             points = [point for point in points if not point.dense]
         else:
@@ -138,7 +137,7 @@ class _Sweep:
             say("building experts and fitting routers")
             choice: dict[str, Any] = {"include": self._options.include, "exclude": self._options.exclude}
             self._skipped = discover(self._model, **choice).report()
-            make_sparse(self._model, self._window_NC, self._config, **choice)
+            make_sparse(self._model, self._window_NC, self._config, front_tokens(self._tokenizer), **choice)
         return [reference, *map(self._at, points)]
 
     def _dense(self) -> dict[str, Any]:
@@ -152,7 +151,8 @@ class _Sweep:
             assert point.tau is not None
             tau = point.tau
         else:
-            tau = reach_sparsity(self._model, point.sparsity, self._window_NC)
+            front = front_tokens(self._tokenizer)
+            tau = reach_sparsity(self._model, point.sparsity, self._window_NC, front)
         set_tau(self._model, tau)
         self._lm.reset_sparsity()
         row = self._row(point.name, self._lm)

@@ -27,12 +27,13 @@ from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.conversion import sparsify
 from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
-from torch_prunepath.evaluation.make_sparse import search_windows
+from torch_prunepath.evaluation.make_sparse import reach_sparsity, search_windows
 from torch_prunepath.evaluation.models import check_ids, load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
+from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.layer import RoutedExperts
-from torch_prunepath.layer.manifest import attached
-from torch_prunepath.sparsity import SparsityRecord, record_sparsity, set_sparsity, set_tau
+from torch_prunepath.layer.saving import describe
+from torch_prunepath.sparsity import SparsityRecord, record_sparsity, set_tau
 from torch_prunepath.train.batches import Batches
 from torch_prunepath.train.loop import steps_of, train
 from torch_prunepath.train.state import Record, TrainState
@@ -96,7 +97,8 @@ class _Session:
         self.window_NC = train_windows(text, self.tokenizer, context)
         self.eval_NC = self._eval_windows(context)
         check_ids(self.model, self.tokenizer, self.window_NC, *([] if self.eval_NC is None else [self.eval_NC]))
-        self.batches = Batches(self.window_NC, options.batch, options.seed)
+        self.front = front_tokens(self.tokenizer)
+        self.batches = Batches(self.window_NC, options.batch, options.seed, self.front)
         distil = plan.distillation(options, dense=not self.sparse or options.teacher is not None)
         self.kept = Kept(self.batches.fingerprint(), str(self.model.dtype).removeprefix("torch."), distil, [], [])
         if saved is not None:
@@ -145,7 +147,7 @@ class _Session:
         options = self.options
         if self.saved is None:
             self._before()
-        made = attached(self.model)
+        made = describe(self.model).config
         self.model.float()
         if options.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -161,7 +163,7 @@ class _Session:
             "recipe": options.recipe,
             "teacher": (options.teacher or options.model) if self.kept.distil else None,
             "config": self.config.to_dict(),
-            "experts": None if made is None else asdict(made.config),
+            "experts": asdict(made),
             "skipped": self.kept.skipped,
             "data": {
                 "name": plan.source_of(options).name,
@@ -208,7 +210,7 @@ class _Session:
         if config.needs_data:
             rows = max(1, config.calibration_tokens // self.window_NC.shape[1])
             some_N = torch.linspace(0, len(self.window_NC) - 1, min(rows, len(self.window_NC))).round().long()
-            data = [self.window_NC[some_N].to(self.model.device)]
+            data = as_batch(self.window_NC[some_N].to(self.model.device), self.front)
         choice: dict[str, Any] = {"include": self.options.include, "exclude": self.options.exclude}
         self.kept.skipped = discover(self.model, **choice).report()
         sparsify(self.model, config=config, calibration=data, **choice)
@@ -220,23 +222,25 @@ class _Session:
             set_tau(self.model, 1.0)
             rows.append({"name": f"{when}, tau 1", "tau": 1.0, **self._perplexity(f"{when}, tau 1")})
         target = self.options.target_sparsity
-        some_NC = search_windows(self.window_NC)
-        tau = set_sparsity(self.model, target, some_NC)
+        tau = reach_sparsity(self.model, target, self.window_NC, self.front)
         name = f"{when}, {target:.0%} asked"
         if self.eval_NC is not None:
             return [*rows, {"name": name, "tau": tau, **self._perplexity(name)}]
-        with record_sparsity(self.model) as self.record, torch.inference_mode():
-            for window_C in some_NC.to(self.model.device):
+        with record_sparsity(self.model, front_tokens=self.front) as self.record, torch.inference_mode():
+            for window_C in search_windows(self.window_NC).to(self.model.device):
                 self.model(input_ids=window_C[None], use_cache=False)
         return [*rows, {"name": name, "tau": tau, "sparsity": self.record.sparsity}]
 
     def _perplexity(self, title: str) -> dict[str, float]:
-        assert self.eval_NC is not None
         if not any(isinstance(module, RoutedExperts) for module in self.model.modules()):
-            return {"sparsity": 0.0, "perplexity": perplexity(self.model, self.eval_NC, title=title)}
-        with record_sparsity(self.model) as self.record:
-            found = perplexity(self.model, self.eval_NC, title=title)
+            return {"sparsity": 0.0, "perplexity": self._measure_perplexity(title)}
+        with record_sparsity(self.model, front_tokens=self.front) as self.record:
+            found = self._measure_perplexity(title)
         return {"sparsity": self.record.sparsity, "perplexity": found}
+
+    def _measure_perplexity(self, title: str) -> float:
+        assert self.eval_NC is not None
+        return perplexity(self.model, self.eval_NC, front_tokens=self.front, title=title)
 
 
 def _distilled(results: Mapping[str, Any]) -> str:
