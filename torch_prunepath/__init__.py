@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors
     from torch_prunepath.discover import find_ffns
     from torch_prunepath.experts.fit import fit_routers
     from torch_prunepath.layer import Routing
+    from torch_prunepath.layer.layout import contiguous, neuron_major
     from torch_prunepath.layer.manifest import Manifest
     from torch_prunepath.layer.rebuild import rebuild
     from torch_prunepath.layer.saving import describe
@@ -40,11 +41,13 @@ __all__ = [
     "Packs",
     "Routing",
     "SparsifyConfig",
+    "contiguous",
     "densify",
     "describe",
     "find_ffns",
     "fit_routers",
     "load",
+    "neuron_major",
     "rebuild",
     "record_sparsity",
     "register_routing_hook",
@@ -60,11 +63,13 @@ _HOMES = {
     "Packs": "ops.cpu.packs",
     "Routing": "layer",
     "SparsifyConfig": "config",
+    "contiguous": "layer.layout",
     "densify": "conversion",
     "describe": "layer.saving",
     "find_ffns": "discover",
     "fit_routers": "experts.fit",
     "load": "checkpoint",
+    "neuron_major": "layer.layout",
     "rebuild": "layer.rebuild",
     "record_sparsity": "sparsity",
     "register_routing_hook": "sparsity",

@@ -17,10 +17,11 @@ from torch_prunepath.config import check_sparsity, check_tau
 from torch_prunepath.inputs.data import evaluating, iterate_inputs
 from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
-from torch_prunepath.layer import RoutedExperts, Routing
+from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.saving import refresh
-from torch_prunepath.layer.sparse import RoutingHook
+from torch_prunepath.layer.sparse import RoutingHook, recording
 from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.ops.transforms import is_transformed
 from torch_prunepath.progress import progress_bar
 from torch_prunepath.search import OutOfReach, find_tau
 
@@ -125,6 +126,31 @@ class Noted(NamedTuple):
         return cls(name, layer.ffn.ffn_size, layer.inactive_neurons(mask_TE))
 
 
+class Tally:
+    """Inactive neurons of one layer, added up where the layer is; torch.compile traces it once for all that are alike.
+
+    Attributes:
+        neurons: how many neurons the layer has.
+        inactive: 0-d int64, inactive neurons of all tokens that were counted.
+        tokens: 0-d int64, how many those were.
+        used: whether the layer was called at all.
+    """
+
+    @torch.inference_mode(mode=False)
+    def __init__(self, neurons: int, device: torch.device) -> None:
+        # Added up in place, in ordinary tensors: calls may be under inference_mode or not, and replay CUDA graphs.
+        self.inactive, self.tokens = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.neurons, self.used = neurons, False
+
+    @torch.no_grad()
+    def add(self, inactive_T: Tensor, keep_T: Tensor | None) -> None:
+        """Count tokens, of which ``inactive_T`` neurons each are inactive: where ``keep_T`` is true, or all of them."""
+        real_T = torch.ones_like(inactive_T) if keep_T is None else keep_T.to(inactive_T)
+        self.used = True
+        self.inactive.add_((inactive_T * real_T).sum().to(self.inactive.device))
+        self.tokens.add_(real_T.sum().to(self.tokens.device))
+
+
 class SparsityRecord:
     """Inactive neurons of each layer, counted call by call: at once, or as soon as it is known which tokens are real.
 
@@ -132,30 +158,32 @@ class SparsityRecord:
     """
 
     def __init__(self) -> None:
-        self._inactive: dict[str, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
-        self._neurons: dict[str, int] = {}
+        self._tallies: dict[str, Tally] = {}
+
+    def tally(self, name: str, neurons: int, device: torch.device) -> Tally:
+        """The tally of the layer that is counted under ``name``; a new one on ``device`` if there is none yet."""
+        found = self._tallies.get(name)
+        if found is None:
+            found = self._tallies[name] = Tally(neurons, device)
+        return found
 
     def count(self, noted: Noted, keep_T: Tensor | None) -> None:
         """Add one call's tokens: those where ``keep_T``, bool ``[T]``, is true; all of them if it is None."""
-        name, neurons, inactive_T = noted
-        real_T = torch.ones_like(inactive_T) if keep_T is None else keep_T.to(inactive_T)
-        self._neurons[name] = neurons
-        self._inactive[name] = self._inactive.get(name, 0) + (inactive_T * real_T).sum()
-        self._tokens[name] = self._tokens.get(name, 0) + real_T.sum()
+        self.tally(noted.name, noted.neurons, noted.inactive_T.device).add(noted.inactive_T, keep_T)
 
     @property
     def per_layer(self) -> dict[str, float]:
         """Share of inactive neurons of each layer, averaged over the tokens it saw."""
         return {
-            name: int(inactive) / max(int(self._tokens[name]), 1) / self._neurons[name]
-            for name, inactive in self._inactive.items()
+            name: int(tally.inactive) / max(int(tally.tokens), 1) / tally.neurons
+            for name, tally in self._tallies.items()
+            if tally.used
         }
 
     @property
     def tokens(self) -> int:
         """Tokens seen by the layer that saw most; padding left out."""
-        return max((int(tokens) for tokens in self._tokens.values()), default=0)
+        return max((int(tally.tokens) for tally in self._tallies.values()), default=0)
 
     @property
     def sparsity(self) -> float:
@@ -176,6 +204,8 @@ class SparsityRecord:
 def record_sparsity(model: nn.Module, *, front_tokens: int = 0) -> Iterator[SparsityRecord]:
     """Count active neurons while the context is open; costs nothing outside it. Padding tokens do not count.
 
+    A compiled model stays compiled: recording has a graph of its own, the same one each time.
+
     Args:
         model: a sparse model.
         front_tokens: how many of the first tokens of each row do not count either: those that the tokenizer puts in
@@ -190,16 +220,40 @@ def record_sparsity(model: nn.Module, *, front_tokens: int = 0) -> Iterator[Spar
     Raises:
         ValueError: if the model holds no sparse FFN.
     """
-    layers = {layer.name: layer for layer in sparse_layers(model).values()}
+    layers = sparse_layers(model).values()
     record = SparsityRecord()
-    with PaddingTracker(model, front_tokens) as tracker:
+    with PaddingTracker(model, front_tokens) as tracker, contextlib.ExitStack() as stack:
+        for layer in layers:
+            tally = record.tally(layer.name, layer.ffn.ffn_size, _device(layer))
+            stack.enter_context(recording(layer, Counter(tally, tracker)))
+        yield record
 
-        def count(routing: Routing) -> None:
-            noted = Noted.of(routing.name, layers[routing.name], routing.mask_TE)
-            record.count(noted, tracker.keep(routing.shape))
 
-        with register_routing_hook(model, count):
-            yield record
+class Counter:
+    """A layer's recorder (:class:`torch_prunepath.layer.sparse.Recorder`) that counts tokens, padding left out."""
+
+    def __init__(self, tally: Tally, tracker: PaddingTracker) -> None:
+        self.tally, self.tracker = tally, tracker
+
+    def note(
+        self, layer: RoutedExperts, x_TD: Tensor, scores_TE: Tensor, mask_TE: Tensor, shape: tuple[int, ...]
+    ) -> None:
+        """A selection was made.
+
+        Raises:
+            ValueError: if a transform of torch.func is under way: what is chosen there leaves it with no value.
+        """
+        if is_transformed():
+            raise ValueError(
+                "record_sparsity cannot count inside of a transform of torch.func: call the model outside of it as well"
+            )
+        self.tally.add(layer.inactive_neurons(mask_TE), self.tracker.keep(shape))
+
+
+def _device(layer: RoutedExperts) -> torch.device:
+    """Where a layer's numbers are added up: where its router is, in ordinary memory if that is offloaded."""
+    device = layer.router.weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def set_sparsity(

@@ -100,6 +100,14 @@ on_dense("a model in DataParallel")(lambda model, _: convert(nn.DataParallel(mod
 on_dense("a compiled model")(lambda model, _: convert(torch.compile(tiny_llama())))
 
 
+on_sparse("a view of all parameters as one vector, or pruning by torch, or LBFGS")(
+    lambda model, _: nn.utils.parameters_to_vector(model.parameters())
+)
+on_sparse("safetensors' save_file of a state dict")(
+    lambda model, folder: save_file(model.state_dict(), folder / "weights.safetensors")
+)
+
+
 @on_dense("a model with a compiled module")
 def _(model: Model, folder: Path) -> None:
     partly = tiny_llama()
@@ -401,7 +409,7 @@ def test_message_is_the_documented_one(mistake: str, tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = tiny_llama() if mistake in DENSE else convert(tiny_llama(), tau=0.5)
     before = state(model)
-    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError)) as caught:
+    with pytest.raises((ValueError, TypeError, KeyError, NotImplementedError, RuntimeError)) as caught:
         MISTAKES[mistake](model, tmp_path)
     pattern = ".*".join(re.escape(part) for part in rows()[mistake].split("…"))
     assert re.fullmatch(pattern, " ".join(str(caught.value).split())), caught.value

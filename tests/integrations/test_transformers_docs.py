@@ -12,7 +12,7 @@ from torch_prunepath import sparse_layers
 
 def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, names = run_blocks("transformers.md", tmp_path, monkeypatch)
-    assert blocks == 6
+    assert blocks == 7
     assert len(sparse_layers(names["model"])) == 2
     card = (tmp_path / "sparse" / "README.md").read_text()
     assert "| layer | neurons | experts | tau | sparsity |" in card

@@ -240,3 +240,16 @@ def test_router_scores(device: str, tokens: int, dtype: torch.dtype) -> None:
     found = ffn.router_scores(3 * problem.x, *problem.router, True)
     expected = router_scores_reference(3 * problem.x, *problem.router, True)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 19])
+@pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[2]])
+def test_weights_with_ordinary_strides(device: str, layer: tuple, tokens: int) -> None:
+    """``down`` as ``[D, F]`` in memory, as :func:`torch_prunepath.contiguous` stores it; and all others transposed."""
+    problem = Problem(tokens, layer, torch.float32, device)
+    expected = reference(problem.args(0.6))
+    problem.down[0] = problem.down[0].t().contiguous().t()
+    assert_near(ffn.sparse_ffn(*problem.args(0.6)), expected)
+    for part in (problem.up, problem.gate):
+        part[0] = None if part[0] is None else part[0].t().contiguous().t()
+    assert_near(ffn.sparse_ffn(*problem.args(0.6)), expected)

@@ -18,6 +18,7 @@ from torch_prunepath.inputs.data import as_inputs
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.hooks import eagerly
 from torch_prunepath.layer.saving import refresh
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 from torch_prunepath.ops.experts import expert_sums
@@ -56,7 +57,7 @@ def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress:
             bar.update()
 
         # Every expert active: hidden states as the dense model has them.
-        with register_routing_hook(model, lambda routing: torch.ones_like(routing.mask_TE)):
+        with eagerly(), register_routing_hook(model, lambda routing: torch.ones_like(routing.mask_TE)):
             visit_inputs(model, list(views.values()), inputs, visit)
     with torch.no_grad():
         for name, (weight_ED, bias_E) in fitted.items():

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_prunepath.layer.hooks import after_call, before_call
+
 SOUND = ("input_features", "input_values")
 """Names of inputs whose mask is over frames or samples of sound, several of which become one token."""
 
@@ -49,8 +51,8 @@ class PaddingTracker:
                 parameters = list(inspect.signature(module.forward).parameters)
                 if "attention_mask" in parameters or (self.front and "input_ids" in parameters):
                     self._handles += [
-                        module.register_forward_pre_hook(self._enter(parameters), with_kwargs=True),
-                        module.register_forward_hook(self._leave, always_call=True),
+                        before_call(module, self._enter(parameters)),
+                        after_call(module, self._leave),
                     ]
         return self
 

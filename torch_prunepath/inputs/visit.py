@@ -91,7 +91,10 @@ def _count_calls(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> 
 
         return hook
 
-    sliver = {k: v[:1, :8] if _is_ids(v) else v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+    # Shorter rows only where every input has them: a token's box or codebooks come in a tensor of another shape.
+    short = all(_is_ids(value) for value in tensors.values())
+    sliver = {**inputs, **{key: value[:1, :8] if short else value[:1] for key, value in tensors.items()}}
     with evaluating(model), contextlib.ExitStack() as stack:
         for view in views:
             stack.enter_context(removing(view.up.register_forward_pre_hook(count(view))))

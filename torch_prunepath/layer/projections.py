@@ -12,6 +12,7 @@ from torch_prunepath.activations import activate
 from torch_prunepath.layer.ffn import FFNView, bias_of, is_subclass, weight_out_in
 from torch_prunepath.ops.experts import weigh, zero_inactive
 from torch_prunepath.ops.operators import expert_down, expert_up
+from torch_prunepath.ops.transforms import transformable
 from torch_prunepath.weights import UpWeights
 
 
@@ -89,7 +90,7 @@ def up_by_modules(view: FFNView, x_TD: Tensor, mask_TE: Tensor, activation: str,
 def up_of(x_TD: Tensor, mask_TE: Tensor, weights: UpWeights, activation: str, size: int) -> Tensor:
     """:func:`up` by the operator, from weights that are given."""
     x, *cast = _autocast(x_TD, *weights)
-    return expert_up(x, mask_TE, *cast, activation, size)
+    return transformable(expert_up)(x, mask_TE, *cast, activation, size)
 
 
 def down(view: FFNView, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor | None, size: int) -> Tensor:
@@ -114,7 +115,7 @@ def down_of(module: nn.Module, h_TF: Tensor, mask_TE: Tensor, weights_TE: Tensor
     h, weight_DF, bias_D = _autocast(h_TF, weight_out_in(module), bias_of(module))
     assert h is not None and weight_DF is not None
     # T5 keeps its last projection in float32 whatever the model's dtype.
-    return expert_down(h.to(weight_DF.dtype), mask_TE, weights_TE, weight_DF.t(), bias_D, size)
+    return transformable(expert_down)(h.to(weight_DF.dtype), mask_TE, weights_TE, weight_DF.t(), bias_D, size)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:

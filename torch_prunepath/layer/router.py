@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_prunepath.ops.operators import router_scores
+from torch_prunepath.ops.transforms import transformable
 
 
 class Router(nn.Linear):
@@ -34,7 +35,8 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores, float32: ``[..., D] -> [..., E]``."""
-        scores_TE = router_scores(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.router_norm)
+        x_TD = x.reshape(-1, x.shape[-1])
+        scores_TE = transformable(router_scores)(x_TD, self.weight, self.bias, self.router_norm)
         return scores_TE.view(*x.shape[:-1], scores_TE.shape[-1])
 
     def extra_repr(self) -> str:

@@ -8,9 +8,10 @@ Shapes: T tokens, D hidden size, F neurons, E experts of S neurons.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ from torch_prunepath.ops.cpu.packs import Packs
 from torch_prunepath.ops.experts import weigh, zero_inactive
 from torch_prunepath.ops.operators import select_experts
 from torch_prunepath.ops.sparse_ffn import arguments, sparse_ffn
+from torch_prunepath.ops.transforms import is_transformed, transformable
 from torch_prunepath.select import sigmoid_weights
 from torch_prunepath.weights import Selector, UpWeights
 
@@ -98,6 +100,20 @@ class Recorder(Protocol):
         """Take notice of a selection."""
 
 
+@contextlib.contextmanager
+def recording(layer: RoutedExperts, recorder: Recorder) -> Iterator[None]:
+    """Inside the context the layer tells the recorder what it does."""
+    layer.recorders = (*layer.recorders, recorder)
+    try:
+        yield
+    finally:
+        others = tuple(each for each in layer.recorders if each is not recorder)
+        if others:
+            layer.recorders = others
+        else:  # as it was, also for what torch.compile knows of the layer
+            layer.__dict__.pop("recorders", None)
+
+
 class Swapped(nn.Module):
     """A module whose class was swapped for one made at run time; pickle and deepcopy rebuild the class."""
 
@@ -142,7 +158,7 @@ class RoutedExperts(Float32Tau, Swapped):
         scores_TE = self.router(x_TD)
         experts = self.experts
         if self.selection is None:
-            mask_TE = select_experts(scores_TE, self.tau, experts.rule, experts.shared)
+            mask_TE = transformable(select_experts)(scores_TE, self.tau, experts.rule, experts.shared)
         else:
             mask_TE = self.selection(scores_TE.detach(), self.tau)
         for hook in self.routing_hooks.values():
@@ -225,7 +241,7 @@ class SparseFFN(RoutedExperts):
         return (
             not torch.is_grad_enabled()
             and not self.training
-            and not self.recorders
+            and len(self.recorders) == 0  # torch.compile cannot negate a tuple
             and self.selection is None
             and not list(self.routing_hooks)  # listed, so that torch.compile notices a later hook
             and type(self.router) is Router
@@ -234,6 +250,7 @@ class SparseFFN(RoutedExperts):
             and all(is_idle(self, name) for name in (self.ffn.hidden_dropout, self.ffn.output_dropout))
             and x_TD.dtype == weight_out_in(view.up).dtype == weight_out_in(view.down).dtype
             and not torch.is_autocast_enabled(x_TD.device.type)
+            and not is_transformed()
         )
 
     def _forward_at_once(self, view: FFNView, x_TD: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch_prunepath.activations import ACTIVATION_BACKWARDS, ACTIVATIONS, activate
 from torch_prunepath.ops.cpu import ffn as cpu
 from torch_prunepath.ops.experts import expand_experts, expert_sums, weigh, zero_inactive
+from torch_prunepath.ops.transforms import differentiable_gradients
 from torch_prunepath.rms import inverse_rms
 from torch_prunepath.select import mask_from_scores
 from torch_prunepath.weights import UpWeights
@@ -100,15 +101,18 @@ def _(grad_TE, x_TD, router_ED, needs, router_norm=False):  # type: ignore[no-un
 
 def _router_scores_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x_TD, router_ED, router_bias_E, ctx.router_norm = inputs
-    ctx.bias_dtype = None if router_bias_E is None else router_bias_E.dtype
-    ctx.save_for_backward(x_TD, router_ED)
+    ctx.save_for_backward(x_TD, router_ED, router_bias_E)
 
 
 def _router_scores_autograd(ctx, grad_TE):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():  # create_graph=True
+        inputs = (*ctx.saved_tensors, ctx.router_norm)
+        return differentiable_gradients(router_scores, inputs, ctx.needs_input_grad, grad_TE)
+    x_TD, router_ED, router_bias_E = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = router_scores_backward(grad_TE, *ctx.saved_tensors, needs, ctx.router_norm)
+    grads = router_scores_backward(grad_TE, x_TD, router_ED, needs, ctx.router_norm)
     x, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return x, weight, None if bias is None else bias.to(ctx.bias_dtype), None
+    return x, weight, None if bias is None else bias.to(router_bias_E.dtype), None
 
 
 router_scores.register_autograd(_router_scores_autograd, setup_context=_router_scores_setup)
@@ -234,6 +238,9 @@ def _expert_up_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _expert_up_autograd(ctx, grad_TF):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():  # create_graph=True
+        inputs = (*ctx.saved_tensors, ctx.activation, ctx.expert_size)
+        return differentiable_gradients(expert_up, inputs, ctx.needs_input_grad, grad_TF)
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]
     grads = expert_up_backward(grad_TF, *ctx.saved_tensors, ctx.activation, ctx.expert_size, needs)
     x, up, up_bias, gate, gate_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
@@ -322,13 +329,17 @@ def _(grad_TD, h_TF, mask_TE, weights_TE, down_FD, expert_size, needs):  # type:
 
 
 def _expert_down_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    h_TF, mask_TE, weights_TE, down_FD, _, ctx.expert_size = inputs
-    ctx.save_for_backward(h_TF, mask_TE, weights_TE, down_FD)
+    *tensors, ctx.expert_size = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _expert_down_autograd(ctx, grad_TD):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():  # create_graph=True
+        inputs = (*ctx.saved_tensors, ctx.expert_size)
+        return differentiable_gradients(expert_down, inputs, ctx.needs_input_grad, grad_TD)
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
-    grads = expert_down_backward(grad_TD, *ctx.saved_tensors, ctx.expert_size, needs)
+    *tensors, _ = ctx.saved_tensors
+    grads = expert_down_backward(grad_TD, *tensors, ctx.expert_size, needs)
     h, weights, down, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return h, None, weights, down, bias, None
 

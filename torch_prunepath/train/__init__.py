@@ -1,5 +1,6 @@
 """Training sparse models: objective, schedules, a controller of realised sparsity, a loop.
 
+from torch_prunepath.layer.layout import contiguous
 from torch_prunepath.train import recipes, train
 train(model, batches, recipes.ours(steps=1000))
 """
@@ -15,7 +16,6 @@ from torch_prunepath.train.controller import SparsityController
 from torch_prunepath.train.loop import train
 from torch_prunepath.train.objective import Objective
 from torch_prunepath.train.schedule import Phase, all_experts, draw, fixed_tau, hold, ramp
-from torch_prunepath.train.shard import contiguous
 from torch_prunepath.train.state import Progress, TrainState
 from torch_prunepath.train.tape import RoutedCall, RoutingTape
 

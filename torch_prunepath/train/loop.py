@@ -40,7 +40,7 @@ def train(
     Args:
         model: a sparse model whose weights have the dtype that the optimiser works in (float32; see
             ``config.autocast``). It may be wrapped in ``DistributedDataParallel`` or sharded with FSDP2 (see
-            :func:`torch_prunepath.train.contiguous`); then every process has the same weight, however many tokens it
+            :func:`torch_prunepath.contiguous`); then every process has the same weight, however many tokens it
             has.
         batches: dicts of model inputs with ``labels``; or with ``input_ids`` alone, for a causal language model. They
             are iterated as often as needed. To resume a run, they must come in the same order each time.

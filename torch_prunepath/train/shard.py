@@ -4,33 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_prunepath.layer.views import sparse_layers, sparse_views
+from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.train.config import TrainConfig
-
-
-def contiguous(model: nn.Module) -> nn.Module:
-    """Store every weight of a sparse model row by row, in place, as ``fully_shard`` demands. Values do not change.
-
-    Sparse models keep ``down`` column by column for decoding. Saving and loading restores that layout.
-
-    Returns:
-        The same model.
-
-    Example::
-
-        contiguous(model)
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
-        train(model, batches, config)
-
-    Raises:
-        ValueError: if the model holds no sparse FFN.
-    """
-    for view in sparse_views(model).values():
-        for parameter in view.parameters():
-            parameter.data = parameter.data.contiguous()
-    return model
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Shapes: T tokens, D hidden size, E experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import removing
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.hooks import after_call, before_call
+from torch_prunepath.layer.sparse import recording
 from torch_prunepath.layer.views import sparse_layers, sparse_views
 
 
@@ -130,8 +132,8 @@ class RoutingTape:
     def __enter__(self) -> RoutingTape:
         self.calls, self._depth = [], 0
         enter = self._stack.enter_context
-        enter(removing(self._model.register_forward_pre_hook(self._start)))
-        enter(removing(self._model.register_forward_hook(self._end, always_call=True)))
+        enter(removing(before_call(self._model, self._start)))
+        enter(removing(after_call(self._model, self._end)))
         tracker = enter(PaddingTracker(self._model, self.front))
         for name, layer in self.layers.items():
             view = self._views[name]
@@ -139,14 +141,14 @@ class RoutingTape:
             enter(recording(layer, recorder))
             if self._outputs:
                 last = view.down if layer.ffn.split else layer
-                enter(removing(last.register_forward_hook(recorder.note_output)))
+                enter(removing(after_call(last, recorder.note_output)))
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
         self._recorders.clear()
 
-    def _start(self, module: nn.Module, args: Any) -> None:
+    def _start(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._depth += 1
         for recorder in self._recorders.values():
             recorder.running = True
@@ -199,16 +201,6 @@ class RoutingTape:
 
 def _at_least_one(tokens: Any) -> Any:
     return tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
-
-
-@contextlib.contextmanager
-def recording(layer: RoutedExperts, recorder: LayerRecorder) -> Iterator[None]:
-    """Inside the context the layer tells the recorder what it does."""
-    layer.recorders = (*layer.recorders, recorder)
-    try:
-        yield
-    finally:
-        layer.recorders = tuple(each for each in layer.recorders if each is not recorder)
 
 
 @torch.no_grad()

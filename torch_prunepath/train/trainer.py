@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from torch_prunepath.inputs.data import evaluation_mode
+from torch_prunepath.layer.layout import contiguous
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import record_sparsity, set_tau
 from torch_prunepath.train.arguments import as_said, refuse, trainer_arguments
@@ -20,7 +21,6 @@ from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.objective import Objective, mean_over_processes, others_frozen
 from torch_prunepath.train.optimizer import build_optimizer
 from torch_prunepath.train.schedule import Aim, Phase
-from torch_prunepath.train.shard import contiguous
 from torch_prunepath.train.state import Progress, Record
 
 __all__ = ["PrunePathTrainer", "trainer_arguments"]
