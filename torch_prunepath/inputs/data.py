@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_prunepath.inputs.check import NOT_FINITE, check_ids, check_tokens, check_weights
 from torch_prunepath.inputs.forms import read
 from torch_prunepath.inputs.front import added_tokens, as_batch, front_of
+from torch_prunepath.inputs.rows import count_rows, take_rows
 from torch_prunepath.inputs.text import Row, row_length, text_rows
 from torch_prunepath.progress import progress_bar
 
@@ -68,11 +69,9 @@ def _joined(batches: list[Inputs], model: nn.Module, tokenizer: Any = None, toke
     if ids is not None:
         check_ids(ids, model, tokenizer)
     if ids is not None and tokens is not None and ids.dim() == 2 and ids.numel() > tokens:
-        rows = max(1, tokens // ids.shape[1])
-        if rows < ids.shape[0]:
-            keep = torch.linspace(0, ids.shape[0] - 1, rows).round().long()
-            B = ids.shape[0]
-            inputs = {k: v[keep] if isinstance(v, Tensor) and v.shape[:1] == (B,) else v for k, v in inputs.items()}
+        rows, count = max(1, tokens // ids.shape[1]), count_rows(inputs)
+        if count is not None and rows < count:
+            inputs = take_rows(inputs, torch.linspace(0, count - 1, rows).round().long())
     if _is_encoder_decoder(model) and ids is not None and not inputs.keys() & {"decoder_input_ids", "labels"}:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     device = next(model.parameters()).device
