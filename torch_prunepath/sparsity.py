@@ -45,6 +45,7 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
     Raises:
         ValueError: if a value is outside (0, 1], a sequence's length is wrong or a name is unknown. No layer is
             changed.
+        TypeError: if tau, or one of several, is no number.
     """
     layers = sparse_layers(model)
     if isinstance(tau, Mapping):
@@ -52,19 +53,25 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
         if unknown:
             raise ValueError(f"no sparse layer is called {unknown[0]!r}; there are: {', '.join(layers)}")
         values = {name: check_tau(value) for name, value in tau.items()}
-    elif isinstance(tau, Sequence):
+    elif _is_list(tau):
+        tau = tau.tolist() if isinstance(tau, Tensor) else list(tau)  # type: ignore[arg-type]
         if len(tau) != len(layers):
             raise ValueError(
                 f"{len(tau)} values of tau for {len(layers)} sparse layers: give one a layer, or one number"
             )
         values = {name: check_tau(value) for name, value in zip(layers, tau, strict=True)}
     else:
-        tau = check_tau(tau)
+        tau = check_tau(tau)  # type: ignore[arg-type]
         values = {name: layer_tau(tau, layer.budget) for name, layer in layers.items()}
     with torch.no_grad():
         for name, value in values.items():
             layers[name].tau.fill_(value)
     refresh(model)
+
+
+def _is_list(tau: Any) -> bool:
+    """Whether ``tau`` holds several numbers, as a list or an array does; text does not."""
+    return (isinstance(tau, Sequence) and not isinstance(tau, str | bytes)) or bool(getattr(tau, "ndim", None))
 
 
 def register_routing_hook(model: nn.Module, fn: RoutingHook) -> Handles:
@@ -263,14 +270,15 @@ def set_sparsity(
     Args:
         model: a sparse model.
         target: share of inactive neurons, in [0, 1).
-        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``.
-        tokenizer: for texts.
+        batches: texts or chats (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of
+            these; see :func:`torch_prunepath.inputs.data.as_inputs`.
+        tokenizer: for texts, as for :func:`torch_prunepath.sparsify`.
         tolerance: stop as soon as the realised sparsity is this near.
         progress: show a progress bar.
 
     Raises:
-        ValueError: if target is outside [0, 1), or so high that not even one expert a layer reaches it. tau is
-            unchanged.
+        ValueError: if target is outside [0, 1), or so high that not even one expert a layer reaches it, or the data
+            does not fit. tau is unchanged.
     """
     check_sparsity(target, "target sparsity")
     layers = sparse_layers(model)

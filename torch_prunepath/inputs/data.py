@@ -6,16 +6,17 @@ Shapes: B rows, T tokens a row.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_prunepath.inputs.check import NOT_FINITE, check_ids, check_tokens, check_weights
-from torch_prunepath.inputs.forms import evenly, read
+from torch_prunepath.inputs.forms import read
 from torch_prunepath.inputs.front import added_tokens, as_batch, front_of
-from torch_prunepath.inputs.text import row_length, text_rows
+from torch_prunepath.inputs.text import Row, row_length, text_rows
 from torch_prunepath.progress import progress_bar
 
 Inputs = dict[str, Any]
@@ -56,7 +57,7 @@ def _as_batches(found: list[str] | list[Inputs], model: nn.Module, tokenizer: An
     """Tokenise what is text."""
     texts = [text for text in found if isinstance(text, str)]
     if texts:
-        return text_rows(texts, tokenizer, row_length(model), causal=is_causal(model))
+        return list(text_rows(texts, tokenizer, row_length(model), causal=is_causal(model)))
     return [batch for batch in found if not isinstance(batch, str)]
 
 
@@ -232,7 +233,15 @@ def iterate_inputs(batches: Any, model: nn.Module, tokenizer: Any = None) -> lis
     It takes the same data as :func:`as_inputs`. Texts and single rows are joined, ``EVALUATION_ROWS`` to a batch.
     """
     found = _as_batches(read(batches, model, tokenizer), model, tokenizer)
-    return [_joined(group, model, tokenizer) for group in evenly(found, EVALUATION_ROWS)]
+    return [_joined(group, model, tokenizer) for group in _grouped(found)]
+
+
+def _grouped(batches: Sequence[Inputs]) -> Iterator[list[Inputs]]:
+    """Group neighbouring rows, ``EVALUATION_ROWS`` to a group; a batch of the caller's is a group by itself."""
+    for joined, group in itertools.groupby(batches, key=lambda batch: isinstance(batch, Row)):
+        members = list(group)
+        size = EVALUATION_ROWS if joined else 1
+        yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
 @contextlib.contextmanager

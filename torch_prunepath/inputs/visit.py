@@ -74,8 +74,9 @@ def check_reached(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) ->
     if missed:
         raise ValueError(
             f"calibration data does not reach {len(missed)} of {len(views)} FFNs (the first: {missed[0]}): pass inputs "
-            "that run the whole model (images too, for an FFN that reads images), or a config with budget='uniform', "
-            "partition='kmeans', router='centroid', which needs no data"
+            f"that run the whole model (images too, for an FFN that reads images), leave such FFNs dense "
+            f"(exclude={missed[0]!r}), or take a config with budget='uniform', partition='kmeans', router='centroid', "
+            "which needs no data"
         )
     return calls
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -224,7 +225,9 @@ class SparseFFN(RoutedExperts):
         if self.ffn.hidden_dropout is not None:
             h_TF = self.get_submodule(self.ffn.hidden_dropout)(h_TF)
         y_TD = run_down(view, h_TF, mask_TE, weights_TE, self.experts.expert_size)
-        if self.ffn.output_dropout is not None:
+        if isinstance(self.ffn.output_dropout, float):
+            y_TD = nnf.dropout(y_TD, self.ffn.output_dropout, self.training)
+        elif self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
 
