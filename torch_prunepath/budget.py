@@ -86,8 +86,9 @@ def set_budget(
     else:
         for name, layer in layers.items():
             check_readable(name, layer, views[name])
-        with _restoring(model, layers, views):
-            knots = _measured_path(model, layers, views, as_inputs(batches, model, tokenizer, PATH_TOKENS), start_tau, progress)
+        inputs = as_inputs(batches, model, tokenizer, PATH_TOKENS)
+        with _restoring(layers, views):
+            knots = _measured_path(model, layers, views, inputs, start_tau, progress)
     place = _place_of(share, [knot.bytes for knot in next(iter(knots.values()))])
     found = {name: _between(path, place) for name, path in knots.items()}
     for name, knot in found.items():
@@ -124,7 +125,7 @@ def stored_path(layers: Mapping[str, RoutedExperts]) -> dict[str, tuple[Knot, ..
 
 def _place_of(share: float, read: list[float]) -> float:
     """Place on the path, in knots, where a share is read; ``read`` falls from knot to knot."""
-    if share >= read[0]:
+    if share >= min(1.0, read[0]):  # with its router, a whole layer reads more than 1
         return 0.0
     for i, (more, less) in enumerate(itertools.pairwise(read)):
         if share >= less:
@@ -150,7 +151,7 @@ def _write(layer: RoutedExperts, view: FFNView, setting: Setting) -> None:
 
 
 @contextlib.contextmanager
-def _restoring(model: nn.Module, layers: Mapping[str, RoutedExperts], views: Mapping[str, FFNView]) -> Iterator[None]:
+def _restoring(layers: Mapping[str, RoutedExperts], views: Mapping[str, FFNView]) -> Iterator[None]:
     """Give every layer its settings back at the end."""
     before = {n: Setting(float(v.tau), float(v.theta_x), float(v.theta_h)) for n, v in layers.items()}
     try:

@@ -47,8 +47,10 @@ class Setting(NamedTuple):
     theta_h: float
 
     def towards(self, other: Setting, share: float) -> Setting:
-        """The setting that is this share of the way from here to ``other``; at 0 and 1, exactly the one or the other."""
-        return Setting(*(a if share <= 0 else b if share >= 1 else a + share * (b - a) for a, b in zip(self, other)))
+        """The setting that is this share, in [0, 1], of the way from here to ``other``; exactly that one at 1."""
+        if share == 1.0:
+            return other
+        return Setting(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
 
 
 class Point(NamedTuple):
@@ -93,12 +95,12 @@ class LayerCosts:
         self._input_sizes = Quantiles(self._x_ND * self._column_norm_D)
         self._hidden: dict[int, tuple[Tensor, Tensor]] = {}
         self._tables: dict[tuple[int, int], Quantiles] = {}
-        self._whole_ND = self._output(self._at(0, 0)[0], self._mask_NF(0))
+        self._whole_ND = self._output(self._at(0)[0], self._mask_NF(0))
 
     def point(self, steps: Steps) -> Point:
         """What a setting saves and costs."""
-        tau_step, x_step, h_step = steps
-        h_NF, inputs_N = self._at(x_step, tau_step)
+        tau_step, x_step, _ = steps
+        h_NF, inputs_N = self._at(x_step)
         mask_NF, sizes_NF = self._mask_NF(tau_step), h_NF.abs() * self._row_norm_F
         theta_h = self._theta_h(steps, sizes_NF, mask_NF)
         kept_NF = mask_NF & ~(sizes_NF < theta_h)
@@ -124,7 +126,7 @@ class LayerCosts:
             self._tables[tau_step, x_step] = Quantiles(sizes_NF[mask_NF])
         return self._tables[tau_step, x_step].threshold(NEURONS_OFF[h_step])
 
-    def _at(self, x_step: int, tau_step: int) -> tuple[Tensor, Tensor]:
+    def _at(self, x_step: int) -> tuple[Tensor, Tensor]:
         """Hidden activations ``[N, F]`` from the inputs that count, and the share of inputs that do, ``[N]``."""
         if x_step not in self._hidden:
             counts_ND = ~(self._x_ND.abs() * self._column_norm_D < self._theta_x(x_step))

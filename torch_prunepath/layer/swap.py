@@ -95,8 +95,8 @@ def make_all_routed(swaps: Sequence[Swap]) -> None:
 
 # What make_routed and its users put into a module, and make_dense takes out again.
 _ROUTED_STATE = (
-    "router", "tau", "theta_x", "theta_h", "permutation", "ffn", "experts", "budget", "made_with", "path", "routing_hooks",
-    "recorders", "neuron_recorders", "selection", "projection_types", "packs", "handoff",
+    "router", "tau", "theta_x", "theta_h", "permutation", "ffn", "experts", "budget", "made_with", "path",
+    "routing_hooks", "recorders", "neuron_recorders", "selection", "projection_types", "packs", "handoff",
 )  # fmt: skip
 _DOWN_STATE = ("handoff", "expert_size", "neuron_recorders")
 
