@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.console.errors import UserError, as_user_error
+from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import load_corpus
 from torch_prunepath.evaluation.lm_eval import NOT_INSTALLED, register
 from torch_prunepath.evaluation.make_sparse import (
@@ -30,6 +31,7 @@ from torch_prunepath.evaluation.make_sparse import (
     model_tau,
     reach_sparsity,
 )
+from torch_prunepath.evaluation.models import refuse_file
 from torch_prunepath.inputs.front import front_tokens
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import METHOD
@@ -65,8 +67,9 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
             the kind of model: ``"default"``, ``"causal"`` or ``"seq2seq"``, which compiles nothing.
         measure: count inactive neurons. It keeps each layer's steps apart; without it sparse layers run as one
             operator, and no sparsity is reported.
-        **options: fields of :class:`torch_prunepath.SparsifyConfig`, for making a dense model sparse; and everything
-            that lm-eval's ``hf`` model takes.
+        **options: fields of :class:`torch_prunepath.SparsifyConfig`, ``include`` and ``exclude`` (names or patterns of
+            FFNs; a semicolon separates several), for making a dense model sparse; and everything that lm-eval's ``hf``
+            model takes.
 
     Raises:
         UserError: if arguments are out of range or exclude each other, before anything is loaded; if the model cannot
@@ -87,12 +90,15 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
     ) -> None:
         self._ask = Asked.of(tau, sparsity, calibration_text, options)
         compiler = _compiler(backend)
+        self._skipped: list[dict[str, str]] = []
         self._adapter = options.get("peft")
         if not isinstance(pretrained, str | Path):
             self._check_kind(holds_sparse_layers(pretrained))
+        else:
+            refuse_file(str(pretrained))
         pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
         super().__init__(pretrained=pretrained, backend="default" if compiler else backend, **options)
-        with as_user_error(ValueError):
+        with as_user_error(ValueError, TypeError):
             self._calibration_tokens = self._make_as_asked(options.get("gguf_file") is not None)
         self._record = SparsityRecord() if measure else None
         self._noted: list[Noted] = []
@@ -122,8 +128,8 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
 
     def _check_kind(self, sparse: bool) -> None:
         """Refuse what does not go with a sparse, or with a dense model."""
-        if sparse and self._ask.settings:
-            names = ", ".join(self._ask.settings)
+        if sparse and self._ask.about_experts:
+            names = ", ".join(self._ask.about_experts)
             raise UserError(f"the model is sparse already, its experts made: leave out {names}")
         if sparse and self._ask.text is not None and self._ask.sparsity is None:
             raise UserError("the model is sparse already: calibration_text is only for sparsity=")
@@ -144,7 +150,8 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
             window_NC = fit_windows(load_corpus(ask.text), self._model, self.tokenizer, config.calibration_tokens)
             tokens, front = window_NC.numel(), front_tokens(self.tokenizer)
             if not sparse:
-                make_sparse(self._model, window_NC, config, front)
+                self._skipped = discover(self._model, ask.include, ask.exclude).report()
+                make_sparse(self._model, window_NC, config, front, include=ask.include, exclude=ask.exclude)
             if ask.sparsity is not None:
                 reach_sparsity(self._model, ask.sparsity, window_NC, front)
         if ask.tau is not None:
@@ -276,6 +283,7 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
             "sparsity_per_layer": {} if record is None else record.per_layer,
             "target_sparsity": self._ask.sparsity,
             "settings": self._ask.settings,
+            "skipped": self._skipped,
             "calibration_tokens": self._calibration_tokens,
             "compile_backend": self._compiler,
         }

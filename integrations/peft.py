@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -108,9 +109,7 @@ class PrunePathModel(BaseTuner):
         assert isinstance(config, PrunePathConfig)
         made = _make(model, config)
         # The caller's config stays his: it may go to another model.
-        own = dataclasses.replace(
-            config, manifest=made.manifest.to_dict(), base_sample=made.sample, calibration=None, tokenizer=None
-        )
+        own = dataclasses.replace(config, manifest=made.manifest.to_dict(), base_sample=made.sample, **_FORGOTTEN)
         trainable = [(p, p.requires_grad) for p in model.parameters()] if _has_adapters(model) else []
         attach_parts(model, made, adapter_name)
         self.peft_config[adapter_name] = own
@@ -247,10 +246,17 @@ class PrunePathModel(BaseTuner):
         return {expected[key][0] if key in expected else key: value for key, value in state_dict.items()}
 
 
+_FOR_SPARSIFY = ("calibration", "tokenizer", "include", "exclude", "progress")
+"""Names of the config's fields that a new adapter is made with, and that :func:`torch_prunepath.sparsify` takes."""
+
+_FORGOTTEN = MappingProxyType(dict.fromkeys(("calibration", "tokenizer", "include", "exclude")))
+"""What a config no longer holds once its adapter is made."""
+
+
 def _make(model: nn.Module, config: PrunePathConfig) -> Made:
     if config.manifest is None:
-        sparsify_config = config.sparsify_config()
-        return make(model, sparsify_config, config.tau, config.calibration, config.tokenizer, config.progress)
+        given = {name: getattr(config, name) for name in _FOR_SPARSIFY}
+        return make(model, config.sparsify_config(), config.tau, **given)
     return remake(model, Manifest.from_dict(config.manifest), config.base_sample, config.base_model_name_or_path)
 
 

@@ -105,10 +105,16 @@ def bare(root: nn.Module) -> Iterator[None]:
             layer.install()
 
 
-def make(root: nn.Module, config: SparsifyConfig, tau: float, calibration: Any, tokenizer: Any, progress: bool) -> Made:
+def make(root: nn.Module, config: SparsifyConfig, tau: float, **given: Any) -> Made:
     """Make a new adapter: group neurons and fit routers as :func:`torch_prunepath.sparsify` does.
 
     The base model is afterwards as it was.
+
+    Args:
+        root: the base model.
+        config: how experts and routers are built.
+        tau: in (0, 1].
+        **given: further arguments of :func:`torch_prunepath.sparsify`: data, and which FFNs.
 
     Raises:
         ValueError: if :func:`torch_prunepath.sparsify` refuses the model, config or data, or if peft's
@@ -119,7 +125,7 @@ def make(root: nn.Module, config: SparsifyConfig, tau: float, calibration: Any, 
             "low_cpu_mem_usage=True leaves a new adapter without weights: leave it out, and use it only to load one"
         )
     with bare(root):
-        sparsify(root, tau, config=config, calibration=calibration, tokenizer=tokenizer, progress=progress)
+        sparsify(root, tau, config=config, **given)
         try:
             manifest = describe(root)
             states = [

@@ -28,7 +28,7 @@ class _Type(str):
 PRUNEPATH = _Type("PRUNEPATH")
 """The method's name in PEFT."""
 
-_AT_RUN_TIME = ("calibration", "tokenizer", "progress")
+_AT_RUN_TIME = ("calibration", "tokenizer", "include", "exclude", "progress")
 """Names of the fields that are not saved with an adapter."""
 
 _SPARSIFY = tuple(f.name for f in dataclasses.fields(SparsifyConfig))
@@ -49,8 +49,11 @@ class PrunePathConfig(_Settings, PeftConfig):  # type: ignore[misc, valid-type]
         router_loss: weight of the loss that fits routers to what their experts contribute (``contribution_fit``). It is
             added to the loss that the model returns while it trains. With ``gate="one"`` nothing else trains routers.
         calibration: data for a new adapter, as :func:`torch_prunepath.sparsify` takes it. It is not saved, and neither
-            are ``tokenizer`` and ``progress``.
+            are ``tokenizer``, ``include``, ``exclude`` and ``progress``.
         tokenizer: tokenizer for texts.
+        include: the FFNs that a new adapter is made for, as :func:`torch_prunepath.sparsify` takes it; None: all. It is
+            no ``target_modules``, whose names are those of single layers and end where a module's name ends.
+        exclude: which of these to leave out. A saved adapter's ``manifest`` lists its FFNs.
         progress: show progress bars.
         manifest: description of the adapter's layers; ``get_peft_model`` fills it in.
         base_sample: some weights of the base model, by which it is recognised; ``get_peft_model`` fills them in.
@@ -63,6 +66,8 @@ class PrunePathConfig(_Settings, PeftConfig):  # type: ignore[misc, valid-type]
     router_loss: float = 1.0
     calibration: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    include: Any = field(default=None, repr=False, compare=False)
+    exclude: Any = field(default=None, repr=False, compare=False)
     progress: bool = field(default=True, repr=False, compare=False)
     manifest: dict[str, Any] | None = field(default=None, repr=False)
     base_sample: list[float] = field(default_factory=list, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -23,16 +24,31 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, get_args(choices)))}")
 
 
+def _as_number(name: str, value: Any, example: str) -> float:
+    """Return a number, or an array's only one, as a float; text is none, although Python could read it."""
+    array = getattr(value, "ndim", None) or 0
+    if isinstance(value, str | bytes) or not hasattr(type(value), "__float__") or array:
+        raise TypeError(f"{name}={value!r} is no number: give one such as {example}")
+    return float(value)
+
+
 def check_tau(tau: float) -> float:
     """Return ``tau`` as a float.
 
     Raises:
         ValueError: if tau is not in (0, 1].
+        TypeError: if tau is no number.
     """
-    tau = float(tau)
+    tau = _as_number("tau", tau, "0.9")
     if not 0.0 < tau <= 1.0:
         raise ValueError(f"tau={tau} is outside (0, 1]: 1 activates every expert, smaller values activate fewer")
     return tau
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless ``seed`` fits into 64 bits, which is what torch takes."""
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed={seed} is out of range: torch takes seeds from -2**63 to 2**63 - 1")
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
@@ -44,8 +60,9 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
 
     Raises:
         ValueError: if sparsity is not in [0, 1).
+        TypeError: if sparsity is no number.
     """
-    sparsity = float(sparsity)
+    sparsity = _as_number(name, sparsity, "0.8")
     if not 0.0 <= sparsity < 1.0:
         says = f"{name} {sparsity}" if " " in name or name.startswith("--") else f"{name}={sparsity}"
         raise ValueError(f"{says} is outside [0, 1): 0 is dense, 0.8 leaves a fifth of the neurons active")
@@ -88,7 +105,8 @@ class FFNSpec:
         fused: None, or the order of the two halves in ``up``'s output features: ``"gate_up"`` or ``"up_gate"``.
         activation: key of :data:`torch_prunepath.activations.ACTIVATIONS`.
         hidden_dropout: dropout applied to ``down``'s input, if any (only named where ``split`` is False).
-        output_dropout: dropout applied to ``down``'s output, if any (only named where ``split`` is False).
+        output_dropout: dropout applied to ``down``'s output, if any (only named where ``split`` is False); or, where
+            ``forward`` calls one that is no module, the share of values that it leaves out in training.
         hidden_size: the size of the FFN's input and output, D.
         ffn_size: the number of neurons, F.
     """
@@ -103,7 +121,7 @@ class FFNSpec:
     gate: str | None = None
     fused: Literal["gate_up", "up_gate"] | None = None
     hidden_dropout: str | None = None
-    output_dropout: str | None = None
+    output_dropout: str | float | None = None
 
     def __post_init__(self) -> None:
         # Here, so that settings can be read without torch: a command's help is there at once.
@@ -115,6 +133,8 @@ class FFNSpec:
             raise ValueError(f"{self.name}: an FFN has a gate layer of its own or a fused one, not both")
         if self.fused not in (None, "gate_up", "up_gate"):
             raise ValueError(f"fused={self.fused!r} is not known: choose None, 'gate_up' or 'up_gate'")
+        if isinstance(self.output_dropout, float) and not 0.0 < self.output_dropout <= 1.0:
+            raise ValueError(f"{self.name}: output_dropout={self.output_dropout} is outside (0, 1]")
         if self.hidden_size < 1 or self.ffn_size < 1:
             raise ValueError(f"{self.name}: hidden_size and ffn_size must be positive")
 
@@ -176,6 +196,9 @@ class SparsifyConfig:
             raise ValueError(f"shared_experts={self.shared_experts} is no whole number, and no share below 1")
         if self.calibration_tokens < 1:
             raise ValueError(f"calibration_tokens={self.calibration_tokens} must be at least 1")
+        if not math.isfinite(self.gate_offset):
+            raise ValueError(f"gate_offset={self.gate_offset} must be a finite number")
+        check_seed(self.seed)
         if self.gate == "one" and self.gate_offset != 0.0:
             raise ValueError("gate_offset moves the sigmoid gate: set gate='sigmoid' with it, or leave it 0")
 

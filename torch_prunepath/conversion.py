@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.config import SparsifyConfig, check_tau, num_experts
-from torch_prunepath.discover import find_ffns
+from torch_prunepath.discover import Discovery, Which, discover, in_one_line
+from torch_prunepath.discover.choose import listed
+from torch_prunepath.discover.find import nothing_found
 from torch_prunepath.experts.budget import allocate
 from torch_prunepath.experts.plan import LayerPlan, plan_layers
 from torch_prunepath.inputs.check import check_weights
 from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sampled_inputs
 from torch_prunepath.layer import ExpertsSpec, is_sparse
-from torch_prunepath.layer.ffn import FFNView
+from torch_prunepath.layer.ffn import FFNView, site_name
 from torch_prunepath.layer.refuse import refuse_wrapped, refuse_wrapper
 from torch_prunepath.layer.saving import attach, detach, is_attached
 from torch_prunepath.layer.swap import Swap, make_all_routed, make_dense
@@ -46,9 +48,11 @@ def sparsify(
     config: SparsifyConfig | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
+    include: Which | None = None,
+    exclude: Which | None = None,
     progress: bool = True,
 ) -> ModelT:
-    """Turn every feed-forward network of a model into routed experts, in place (PrunePath, arXiv 2605.28283).
+    """Turn the feed-forward networks (FFNs) of a model into routed experts, in place (PrunePath, arXiv 2605.28283).
 
     Names and shapes of the model's parameters stay; each sparse layer gains ``router`` and ``permutation``. Nothing is
     trained: neurons are grouped and routers fitted on calibration data.
@@ -56,6 +60,8 @@ def sparsify(
     Conversion needs the memory of one more layer, and leaves nothing behind but routers and permutations. Calibration
     before it needs the activations of one forward pass over ``config.calibration_tokens`` tokens, of one FFN at a time,
     and, with ``budget="sensitivity"``, those of a backward pass over one row and a ``[D, D]`` matrix for each FFN.
+
+    What looks like an FFN and cannot be made sparse stays as it is, and a warning in the log says which and why.
 
     Args:
         model: a Hugging Face model, or any module whose FFNs :func:`torch_prunepath.discover.find_ffns` finds.
@@ -67,6 +73,12 @@ def sparsify(
             causal language model samples its own text; other models are converted from their weights alone.
         tokenizer: for texts. Rows of text start with what it puts in front of every text; in a causal model that counts
             in no statistic.
+        include: the FFNs to make sparse; None: all. A name or a pattern is one or more whole parts of a dotted name,
+            with ``*``, ``?`` and ``[...]`` as in file names, and means the FFNs with these parts anywhere in their
+            names: ``"language_model"`` all inside a module of this name, ``"model.layers.0.*"`` the first layer's. A
+            function of an :class:`FFNSpec` and a list of names and functions do as well.
+        exclude: which of these to leave dense, likewise: ``exclude="vision_tower"``. The data must reach only what is
+            made sparse.
         progress: show progress bars.
 
     Returns:
@@ -74,9 +86,9 @@ def sparsify(
 
     Raises:
         ValueError: if tau is invalid, nothing can be made sparse, the model is sparse already, wrapped, quantised or
-            without weights yet (meta device), its weights are not all finite, or the data does not fit. The model is
-            as it was.
-        TypeError: if this is no model, or config or data are of another type.
+            without weights yet (meta device), its weights are not all finite, or the data does not fit; if a pattern
+            means no FFN, or none is left. The model is as it was.
+        TypeError: if this is no model, or config, data, ``include`` or ``exclude`` are of another type.
 
     Example::
 
@@ -92,7 +104,10 @@ def sparsify(
     refuse_wrapper(model)
     _refuse(model)
     check_weights(model)
-    views = [FFNView(model, spec) for spec in find_ffns(model)]
+    found = discover(model, include, exclude)
+    if not found.specs:
+        raise nothing_found(model, found)
+    views = [FFNView(model, spec) for spec in found.specs]
     _refuse_all_shared(views, config)
     inputs = None
     if config.needs_data:
@@ -104,7 +119,20 @@ def sparsify(
     budgets = allocate(curves) if curves else {view.site: 1.0 for view in views}
     make_all_routed([_swap(view, plans[view.site], config, tau, budgets[view.site]) for view in views])
     attach(model)
+    _tell_what_stays(found)
     return model
+
+
+def _tell_what_stays(found: Discovery) -> None:
+    """Log which FFNs stay dense: a warning where nobody asked for it."""
+    converted, skipped, excluded = len(found.specs), len(found.skipped), len(found.excluded)
+    if skipped:
+        logger.warning(
+            "%d of %d FFNs were not converted: %s", skipped, converted + skipped + excluded, in_one_line(found.skipped)
+        )
+    if excluded:
+        names = listed(site_name(spec) for spec in found.excluded)
+        logger.info("%d of %d FFNs were left out as asked: %s", excluded, converted + skipped + excluded, names)
 
 
 def _refuse(model: nn.Module) -> None:

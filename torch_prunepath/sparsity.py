@@ -46,6 +46,7 @@ def set_tau(model: nn.Module, tau: float | Sequence[float] | Mapping[str, float]
     Raises:
         ValueError: if a value is outside (0, 1], a sequence's length is wrong or a name is unknown. No layer is
             changed.
+        TypeError: if tau, or one of several, is no number.
     """
     layers = sparse_layers(model)
     values = one_a_layer(layers, tau, check_tau, "tau")
@@ -282,14 +283,15 @@ def set_sparsity(
     Args:
         model: a sparse model.
         target: share of inactive neurons, in [0, 1).
-        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``.
-        tokenizer: for texts.
+        batches: texts or chats (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of
+            these; see :func:`torch_prunepath.inputs.data.as_inputs`.
+        tokenizer: for texts, as for :func:`torch_prunepath.sparsify`.
         tolerance: stop as soon as the realised sparsity is this near.
         progress: show a progress bar.
 
     Raises:
-        ValueError: if target is outside [0, 1), or so high that not even one expert a layer reaches it. tau is
-            unchanged.
+        ValueError: if target is outside [0, 1), or so high that not even one expert a layer reaches it, or the data
+            does not fit. tau is unchanged.
     """
     check_sparsity(target, "target sparsity")
     layers = sparse_layers(model)

@@ -11,25 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import CONTEXT, byte_tokenizer, save_tiny_llama
+from tiny_llama import CONTEXT, byte_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import torch_prunepath
 from torch_prunepath.commands import cli, quickstart
 
 ROW_KEYS = {"name", "tau", "sparsity", "perplexity", "tokens_per_second"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text"
-    path.write_text("".join(f"Line {i} of a text.\n\n" for i in range(300)))
-    return path
 
 
 @pytest.fixture

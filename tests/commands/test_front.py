@@ -108,3 +108,20 @@ def test_lm_eval(folder: Path, read: list[torch.Tensor]) -> None:
 def test_bench(folder: Path, read: list[torch.Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "bench", "ffn", "--geometry", folder / "model", "--batch", 1, "--sparsity", 0.5, "-o", folder / "out")
     assert_in_front(read)
+
+
+@pytest.mark.parametrize("command", ["sparsify", "quickstart", "train"])
+def test_a_tokenizer_of_another_model(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama()
+    model.resize_token_embeddings(100)
+    model.save_pretrained(folder / "model")
+    arguments: dict[str, list[object]] = {
+        "sparsify": ["sparsify", folder / "model", "--tau", 0.8],
+        "quickstart": ["quickstart", "--model", folder / "model"],
+        "train": ["train", folder / "model", "--target-sparsity", 0.3, "--steps", 2],
+    }
+    asked = [*arguments[command], "--text", folder / "text", "-o", folder / "out"]
+    assert cli.main([str(argument) for argument in asked]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prunepath: error")]
+    assert "the text holds the token id 221, but the tokenizer has 257 and the model 100 token ids" in line
+    assert not (folder / "out").exists()

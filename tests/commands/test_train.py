@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
+from tiny_llama import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from torch_prunepath import sparse_layers, sparsify
@@ -27,18 +27,6 @@ from torch_prunepath.train import TrainConfig, recipes
 Run = Callable[..., tuple[int, str, str]]
 FAST = ["--steps", 12, "--batch", 4, "--context", 32, "--lr", "3e-3", "--router-lr", "1e-2", "--distil", 0]
 FAST += ["--expert-size", 4]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text"
-    path.write_text("".join(f"Line {i} of a text about {i * i % 97}.\n\n" for i in range(200)))
-    return path
 
 
 @pytest.fixture

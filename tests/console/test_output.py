@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,67 @@ def test_check_room(tmp_path: Path) -> None:
     check_room(tmp_path, 1, tmp_path)
     with pytest.raises(UserError, match="MB needed"):
         check_room(tmp_path, 1 << 60, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:868] . PytorchStreamWriter failed writing file data/3"),
+    ],
+)
+def test_errors_of_other_types_while_writing(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tokenizers and torch.save say what the system says in types of their own."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(UserError, match=f"no room on disk for {tmp_path}: free some"), writing(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), writing(tmp_path):
+        raise RuntimeError("a bug")
+
+
+def test_folders_made_for_nothing_go(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path / "there" / "a" / "b" / "out", ours=ours):
+        raise KeyboardInterrupt
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+def test_leftovers_of_killed_runs_are_removed_and_those_of_running_ones_kept(tmp_path: Path) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from torch_prunepath.console.output import output_folder
+with output_folder(Path({str(tmp_path / "out")!r}), ours=lambda _: True) as folder:
+    (folder / "half").write_text("half")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+    runs = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = [Path(run.stdout.readline().strip()) for run in runs if run.stdout is not None]
+    other = tmp_path / ".out.precious.text.partial"
+    other.mkdir()
+    try:
+        runs[0].kill()
+        runs[0].wait()
+        assert all((folder / "half").exists() for folder in folders), "SIGKILL leaves it"
+        write(tmp_path / "out", "x")
+        assert [folder.exists() for folder in folders] == [False, True]
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+            assert run.stdout is not None
+            run.stdout.close()
+    write(tmp_path / "out", "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.precious.text.partial", "out"]
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    leftover = tmp_path / ".out.abcdefgh.partial"
+    leftover.mkdir()
+    monkeypatch.setattr("torch_prunepath.console.output.fcntl.flock", flock)
+    write(tmp_path / "out", "x")
+    assert leftover.exists() and (tmp_path / "out" / "ours").exists(), "nobody knows whether it is in use"

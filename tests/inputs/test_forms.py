@@ -222,6 +222,24 @@ def test_single_rows_are_measured_together(form: str) -> None:
     assert [batch["input_ids"].shape[0] for batch in batches] == [8, 4]
 
 
+def test_batches_of_one_row_stay_apart() -> None:
+    """Whoever made them has a reason: memory, or shapes that do not go together."""
+    model, inputs = ARCHITECTURES["vit"]()
+    pixels = inputs["pixel_values"][:1]
+    batches = iterate_inputs([{"input_ids": row[None]} for row in IDS], MODEL)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(1, 10)] * 6
+    assert len(iterate_inputs([{"pixel_values": pixels}, {"pixel_values": pixels[..., :-1]}], model)) == 2
+
+
+def test_rows_of_padding_alone_are_passed_over() -> None:
+    mask = ONES.clone()
+    mask[2] = 0
+    data = [{"input_ids": row, "attention_mask": keep} for row, keep in zip(IDS, mask, strict=True)]
+    assert rows(as_inputs(data, MODEL)) == LISTS[:2] + LISTS[3:]
+    for batch in iterate_inputs([{key: value[None] for key, value in row.items()} for row in data], MODEL):
+        assert batch["attention_mask"].all()
+
+
 SMALL = SparsifyConfig(expert_size=8)
 FITS = {"sparsify": 0, "set_sparsity": 1, "fit_routers": 1, "perplexity": 2}
 
@@ -264,3 +282,9 @@ def test_places_of_images_may_lie_beyond_the_vocabulary() -> None:
 def test_a_text_longer_than_a_row() -> None:
     inputs = as_inputs("word " * 200, MODEL, byte_tokenizer())
     assert inputs["input_ids"].shape[1] == row_length(MODEL)
+
+
+def test_rests_of_texts_are_left_out_where_there_is_more() -> None:
+    tokenizer = byte_tokenizer()
+    assert len(as_inputs([TEXTS[0], "short"], MODEL, tokenizer)["input_ids"]) == 1
+    assert len(as_inputs(["short", "abc"], MODEL, tokenizer)["input_ids"]) == 2

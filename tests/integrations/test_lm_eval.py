@@ -316,6 +316,7 @@ def test_model_tau_undoes_set_tau(tau: float, budget: float) -> None:
         ("dense", {"tau": 0.5, "backend": "magic"}, "backend='magic' is not known: choose one of default, causal"),
         ("dense", {"tau": 0.5, "calibration_text": "missing"}, "cannot read missing"),
         ("sparse", {"expert_size": 8, "seed": 1}, "sparse already, its experts made: leave out expert_size, seed"),
+        ("sparse", {"exclude": "layers.0"}, "sparse already, its experts made: leave out exclude"),
         ("sparse", {"calibration_text": __file__}, "calibration_text is only for sparsity="),
     ],
 )
@@ -327,6 +328,17 @@ def test_refused_before_anything_is_loaded(
     monkeypatch.setattr(HFLM, "_create_model", None)
     with pytest.raises(UserError, match=message):
         PrunePathLM(pretrained=str(folder), device="cpu", **arguments)
+
+
+def test_some_networks_are_made_sparse(dense: Path) -> None:
+    for choice in ({"exclude": "model.layers.0.*"}, {"include": "layers.1;layers.1.mlp"}, {"include": ["layers.1"]}):
+        found = PrunePathLM(pretrained=str(dense), tau=0.5, device="cpu", **choice, **FAST).sparsity_info()
+        assert list(found["tau_per_layer"]) == ["model.layers.1.mlp"]
+        assert found["skipped"] == [{"name": "model.layers.0.mlp", "reason": "left out as asked"}]
+    with pytest.raises(UserError, match=r"exclude='vision' means no FFN of this model: there are model.layers.0.mlp"):
+        PrunePathLM(pretrained=str(dense), tau=0.5, device="cpu", exclude="vision;layers.0", **FAST)
+    with pytest.raises(UserError, match=f"is a file: name its folder, {dense}"):
+        PrunePathLM(pretrained=str(dense / "config.json"), tau=0.5, device="cpu", **FAST)
 
 
 def test_an_adapter_without_routers_leaves_a_dense_model_dense(

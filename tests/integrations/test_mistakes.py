@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from torch_prunepath import (
@@ -102,6 +103,7 @@ on_sparse("a target sparsity that experts are too large for")(
     lambda model, _: set_sparsity(model, 0.99, token_ids(), progress=False)
 )
 on_sparse("a list of tau of the wrong length")(lambda model, _: set_tau(model, [0.5, 0.6, 0.7]))
+on_sparse("tau that is no number")(lambda model, _: set_tau(model, "0.9"))  # type: ignore[arg-type]
 on_sparse("tau for a layer that is not there")(lambda model, _: set_tau(model, {"layers.0.mlp": 0.5}))
 on_sparse("a threshold that is negative, NaN or infinite")(lambda model, _: set_thresholds(model, inputs=-1.0))
 on_sparse("a threshold that is no number")(lambda model, _: set_thresholds(model, neurons="0.5"))  # type: ignore[arg-type]
@@ -216,6 +218,20 @@ def _(model: Model, folder: Path) -> None:
 @on_dense("tau and sparsity both given")
 def _(model: Model, folder: Path) -> None:
     PrunePathLM(pretrained=str(save_tiny_llama(folder)), tau=0.9, sparsity=0.5)
+
+
+on_dense("a choice of feed-forward networks that are not there")(
+    lambda model, _: convert(model, exclude="vision_tower")
+)
+on_dense("a choice that leaves nothing")(lambda model, _: convert(model, exclude="*"))
+on_dense("a choice that is no name")(lambda model, _: convert(model, include=0))
+
+
+@on_dense("a pruned layer asked for")
+def _(model: Model, folder: Path) -> None:
+    pruned = tiny_llama()
+    prune.l1_unstructured(pruned.model.layers[0].mlp.up_proj, "weight", 0.3)
+    convert(pruned, include="layers.0")
 
 
 @on_dense("feed-forward networks with tied weights")

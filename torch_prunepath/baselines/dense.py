@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.conversion import densify, sparsify
-from torch_prunepath.discover import find_ffns
+from torch_prunepath.discover import Which, find_ffns
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.train.config import TrainConfig
 from torch_prunepath.train.loop import train
@@ -22,7 +22,13 @@ _DENSE_LOSSES = {"task", "distill_logits"}
 
 
 def train_dense(
-    model: nn.Module, batches: Iterable[Any], config: TrainConfig, **options: Any
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: TrainConfig,
+    *,
+    include: Which | None = None,
+    exclude: Which | None = None,
+    **options: Any,
 ) -> list[dict[str, float]]:
     """Train a dense model in place, as :func:`torch_prunepath.train.train` trains a sparse one.
 
@@ -32,6 +38,9 @@ def train_dense(
         model: a dense model whose FFNs :func:`torch_prunepath.find_ffns` finds.
         batches: the batches, as for ``train``.
         config: the settings, as for ``train``; losses on routers or experts are refused.
+        include: the FFNs that become one expert each while the model trains; None: all. As for
+            :func:`torch_prunepath.sparsify`. All weights are trained.
+        exclude: which of these stay as they are.
         **options: ``teacher``, ``compile``, ``progress`` and ``callback`` of ``train``.
 
     Raises:
@@ -45,16 +54,16 @@ def train_dense(
         raise ValueError("train='routers' leaves nothing to train in a dense model: choose train='all'")
     if "state" in options:
         raise ValueError("the training of a dense model cannot be resumed from a state: leave state= out")
-    with one_expert_each(model):
+    with one_expert_each(model, include, exclude):
         return train(model, batches, dataclasses.replace(config, phases=(all_experts(),)), **options)
 
 
 @contextlib.contextmanager
-def one_expert_each(model: nn.Module) -> Iterator[None]:
+def one_expert_each(model: nn.Module, include: Which | None = None, exclude: Which | None = None) -> Iterator[None]:
     """Turn each FFN of a dense model into a sparse layer with one expert, always active, while the context is open."""
-    widest = max(spec.ffn_size for spec in find_ffns(model))
+    widest = max(spec.ffn_size for spec in find_ffns(model, include, exclude))
     config = SparsifyConfig(expert_size=widest, partition="contiguous", router="zero", budget="uniform")
-    sparsify(model, tau=1.0, config=config, progress=False)
+    sparsify(model, tau=1.0, config=config, include=include, exclude=exclude, progress=False)
     try:
         for layer in sparse_layers(model).values():
             layer.router.requires_grad_(False)

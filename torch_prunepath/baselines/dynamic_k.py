@@ -21,6 +21,7 @@ from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, RoutedBaseline,
 from torch_prunepath.baselines.routers import MLPRouter, fit, linear
 from torch_prunepath.baselines.rules import cumulative_share, near_largest
 from torch_prunepath.config import check_choice, num_experts
+from torch_prunepath.discover import Which
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
 
@@ -40,6 +41,8 @@ def d2dmoe(
     epochs: int = 30,
     lr: float = 1e-3,
     seed: int = 0,
+    include: Which | None = None,
+    exclude: Which | None = None,
     progress: bool = True,
 ) -> RoutedBaseline:
     """Apply D2DMoE to a dense model, in place, with frozen routers. Checkpoints do not hold it.
@@ -63,6 +66,8 @@ def d2dmoe(
         epochs: passes over the calibration tokens.
         lr: learning rate of the routers.
         seed: seed of clustering, sampled text and routers.
+        include: the FFNs to take; None: all. As for :func:`torch_prunepath.sparsify`.
+        exclude: which of these to leave out.
         progress: show progress bars.
 
     Raises:
@@ -72,7 +77,18 @@ def d2dmoe(
     inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
     build = partial(_build, expert_size=expert_size, width=width, epochs=epochs, lr=lr, seed=seed)
     select = near_largest if rule == "max" else cumulative_share
-    convert(model, expert_size, build, select, inputs, tau=tau, seed=seed, progress=progress)
+    convert(
+        model,
+        expert_size,
+        build,
+        select,
+        inputs,
+        tau=tau,
+        seed=seed,
+        include=include,
+        exclude=exclude,
+        progress=progress,
+    )
     return RoutedBaseline(model, inputs)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.baselines.dense import train_dense
 from torch_prunepath.config import check_choice
-from torch_prunepath.discover import find_ffns
+from torch_prunepath.discover import Which, find_ffns
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import removing
 from torch_prunepath.layer.ffn import FFNView
@@ -45,6 +45,8 @@ def enforce_sparsity(
     weight: float = 1e-3,
     on: Target | None = None,
     displacement: float = -10.0,
+    include: Which | None = None,
+    exclude: Which | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
     """Fine-tune a dense model towards sparse activations, in place; then convert it with ``d2dmoe``.
@@ -60,6 +62,8 @@ def enforce_sparsity(
             function, for ReLU; ``"preactivations"``: the part of its input above ``displacement``, for smooth
             functions, as in the released code. None chooses by the activation function.
         displacement: lower end of the inputs that count with ``on="preactivations"``.
+        include: the FFNs on which the penalty is; None: all. As for :func:`torch_prunepath.sparsify`.
+        exclude: which of these it leaves out.
         **options: further arguments of ``train_dense``, except ``compile``: the penalty is added by hooks, which are
             not compiled.
 
@@ -75,10 +79,10 @@ def enforce_sparsity(
         raise ValueError(f"weight={weight} must not be negative: 0 turns the penalty off")
     if options.get("compile"):
         raise ValueError("the penalty is added by hooks, which compiled blocks do not call: leave compile off")
-    views = [FFNView(model, spec) for spec in find_ffns(model)]
+    views = [FFNView(model, spec) for spec in find_ffns(model, include, exclude)]
     penalty = _Penalty(len(views), weight / config.accumulation, on, displacement)
     with penalty.watching(model, views):
-        records = train_dense(model, batches, config, **options)
+        records = train_dense(model, batches, config, include=include, exclude=exclude, **options)
     # Where a callback ended the run, its last step has no record.
     means = penalty.means(config.accumulation)[: len(records)]
     return [{**record, "hoyer": mean} for record, mean in zip(records, means, strict=True)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, calibration_inputs
 from torch_prunepath.baselines.widths import tell_config
 from torch_prunepath.config import check_choice, check_sparsity
-from torch_prunepath.discover import find_ffns
+from torch_prunepath.discover import Which, find_ffns
 from torch_prunepath.inputs.data import Inputs
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer.ffn import FFNView, bias_of, is_transposed
@@ -59,6 +59,8 @@ def prune(
     score: Score = "norm",
     tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
+    include: Which | None = None,
+    exclude: Which | None = None,
     progress: bool = True,
 ) -> Pruned:
     """Remove the same share of neurons from every FFN of a dense model, those with the lowest scores, in place.
@@ -79,6 +81,8 @@ def prune(
             (arXiv 2312.11983) does.
         tokens: largest number of calibration tokens that are used.
         seed: seed of sampled text.
+        include: the FFNs to take; None: all. As for :func:`torch_prunepath.sparsify`.
+        exclude: which of these to leave out.
         progress: show progress bars.
 
     Raises:
@@ -86,7 +90,7 @@ def prune(
     """
     check_sparsity(sparsity)
     check_choice("score", score, Score)
-    views = [FFNView(model, spec) for spec in find_ffns(model)]
+    views = [FFNView(model, spec) for spec in find_ffns(model, include, exclude)]
     inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
     kept: dict[str, Tensor] = {}
     for name, scores_F in neuron_scores(model, views, inputs, score, progress=progress).items():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torch_prunepath.config import Gate, SparsifyConfig, check_tau
 from torch_prunepath.conversion import densify, sparsify
+from torch_prunepath.discover import Which
 from torch_prunepath.inputs.data import Inputs, as_inputs, can_sample, sampled_inputs
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
@@ -114,6 +115,8 @@ def convert(
     *,
     tau: float = 1.0,
     seed: int = 0,
+    include: Which | None = None,
+    exclude: Which | None = None,
     progress: bool = True,
 ) -> None:
     """Group each FFN's neurons by balanced k-means of their weights, and give it a router and a rule, in place.
@@ -128,6 +131,8 @@ def convert(
         inputs: what the routers are built from, on the hidden states of the dense model.
         tau: in (0, 1]; 1 activates every expert.
         seed: of the clustering.
+        include: the FFNs to take; None: all. As for :func:`torch_prunepath.sparsify`.
+        exclude: which of these to leave out.
         progress: show progress bars.
 
     Raises:
@@ -135,7 +140,7 @@ def convert(
     """
     check_tau(tau)
     config = SparsifyConfig(expert_size=expert_size, partition="kmeans", router="zero", budget="uniform", seed=seed)
-    sparsify(model, tau=1.0, config=config, progress=progress)
+    sparsify(model, tau=1.0, config=config, include=include, exclude=exclude, progress=progress)
     try:
         routers = _build_all(model, build, inputs, progress)
         for name, layer in sparse_layers(model).items():

@@ -14,6 +14,7 @@ from torch_prunepath.baselines.routed import RoutedBaseline, convert
 from torch_prunepath.baselines.routers import linear
 from torch_prunepath.baselines.rules import above_threshold
 from torch_prunepath.config import num_experts
+from torch_prunepath.discover import Which
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
 from torch_prunepath.sparsity import set_tau
@@ -42,7 +43,15 @@ class LTE(RoutedBaseline):
         set_tau(self.model, PUBLISHED_TAU)
 
 
-def lte(model: nn.Module, *, expert_size: int = 32, seed: int = 0, progress: bool = True) -> LTE:
+def lte(
+    model: nn.Module,
+    *,
+    expert_size: int = 32,
+    seed: int = 0,
+    include: Which | None = None,
+    exclude: Which | None = None,
+    progress: bool = True,
+) -> LTE:
     """Give a dense model LTE's routers, in place, ready for the first stage.
 
     Experts are balanced k-means clusters of gate (or else up) rows; routers are linear, without bias, and start as
@@ -52,6 +61,8 @@ def lte(model: nn.Module, *, expert_size: int = 32, seed: int = 0, progress: boo
         model: a dense model.
         expert_size: S.
         seed: of clustering and routers.
+        include: the FFNs to take; None: all. As for :func:`torch_prunepath.sparsify`.
+        exclude: which of these to leave out.
         progress: show progress bars.
 
     Raises:
@@ -73,7 +84,7 @@ def lte(model: nn.Module, *, expert_size: int = 32, seed: int = 0, progress: boo
         device = view.down_FD.device
         return linear(view.spec.hidden_size, experts, bias=False, device=device, generator=generator)
 
-    convert(model, expert_size, build, above_threshold, seed=seed, progress=progress)
+    convert(model, expert_size, build, above_threshold, seed=seed, include=include, exclude=exclude, progress=progress)
     handle = LTE(model, None)
     handle.start_first_stage()
     return handle

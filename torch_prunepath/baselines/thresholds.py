@@ -28,7 +28,7 @@ from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, calibration_inp
 from torch_prunepath.baselines.teal_search import Path, greedy_path, matrices, uniform_path
 from torch_prunepath.baselines.top_k import gate_activations
 from torch_prunepath.config import check_choice, check_sparsity
-from torch_prunepath.discover import find_ffns
+from torch_prunepath.discover import Which, find_ffns
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer.ffn import FFNView
@@ -199,6 +199,8 @@ def cats(
     tokenizer: Any = None,
     tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
+    include: Which | None = None,
+    exclude: Which | None = None,
     progress: bool = True,
 ) -> Thresholding:
     """Leave out neurons whose gate activation ``|act(gate(x))|`` lies under their layer's threshold.
@@ -213,13 +215,15 @@ def cats(
         tokenizer: tokenizer for texts.
         tokens: largest number of calibration tokens that are used.
         seed: seed of sampled text.
+        include: the FFNs to take; None: all. As for :func:`torch_prunepath.sparsify`.
+        exclude: which of these to leave out.
         progress: show progress bars.
 
     Raises:
         ValueError: if sparsity is outside [0, 1), there is no FFN or the data does not fit. The model is as it was.
     """
     handle = Thresholding(model, "neurons")
-    views = [FFNView(model, spec) for spec in find_ffns(model)]
+    views = [FFNView(model, spec) for spec in find_ffns(model, include, exclude)]
     inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
     with progress_bar(total=len(views), desc="measuring activations", unit="layer", progress=progress) as bar:
 
@@ -244,6 +248,8 @@ def teal(
     allocation: Allocation = "greedy",
     tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
+    include: Which | None = None,
+    exclude: Which | None = None,
     progress: bool = True,
 ) -> Thresholding:
     """Leave out entries of each FFN matrix's input that lie under its threshold.
@@ -258,6 +264,8 @@ def teal(
             of which leaves out more of the matrix where that changes the FFN's output least.
         tokens: largest number of calibration tokens that are used.
         seed: seed of sampled text.
+        include: the FFNs to take; None: all. As for :func:`torch_prunepath.sparsify`.
+        exclude: which of these to leave out.
         progress: show progress bars.
 
     Raises:
@@ -265,7 +273,7 @@ def teal(
     """
     check_choice("allocation", allocation, Allocation)
     handle = Thresholding(model, "matrix inputs")
-    views = [FFNView(model, spec) for spec in find_ffns(model)]
+    views = [FFNView(model, spec) for spec in find_ffns(model, include, exclude)]
     inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
     with progress_bar(total=len(views), desc="measuring inputs", unit="layer", progress=progress) as bar:
 

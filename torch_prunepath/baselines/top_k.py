@@ -22,6 +22,7 @@ from torch_prunepath.baselines.routed import CALIBRATION_TOKENS, RoutedBaseline,
 from torch_prunepath.baselines.routers import MLPRouter, UnitRouter, fit
 from torch_prunepath.baselines.rules import top_share
 from torch_prunepath.config import check_choice, check_sparsity
+from torch_prunepath.discover import Which
 from torch_prunepath.experts.fit import centroid_init
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.router import Router
@@ -64,6 +65,8 @@ def moefication(
     tokens: int = CALIBRATION_TOKENS,
     epochs: int = 30,
     seed: int = 0,
+    include: Which | None = None,
+    exclude: Which | None = None,
     progress: bool = True,
 ) -> MoEfication:
     """Apply MoEfication to a dense model, in place.
@@ -84,6 +87,8 @@ def moefication(
         tokens: largest number of calibration tokens that are used.
         epochs: passes over the calibration tokens.
         seed: seed of clustering, sampled text and fitting.
+        include: the FFNs to take; None: all. As for :func:`torch_prunepath.sparsify`.
+        exclude: which of these to leave out.
         progress: show progress bars.
 
     Raises:
@@ -96,7 +101,18 @@ def moefication(
     if router == "mlp":
         inputs = calibration_inputs(model, calibration, tokenizer, tokens, seed, progress)
     build = partial(_build, router=router, expert_size=expert_size, epochs=epochs, seed=seed)
-    convert(model, expert_size, build, top_share, inputs, tau=tau, seed=seed, progress=progress)
+    convert(
+        model,
+        expert_size,
+        build,
+        top_share,
+        inputs,
+        tau=tau,
+        seed=seed,
+        include=include,
+        exclude=exclude,
+        progress=progress,
+    )
     return MoEfication(model, inputs)
 
 

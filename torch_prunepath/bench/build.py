@@ -17,7 +17,7 @@ from torch_prunepath.bench.layers import SCORE_SPREAD
 from torch_prunepath.bench.options import DecodeOptions
 from torch_prunepath.bench.sources import is_sparse_checkpoint, load_folder
 from torch_prunepath.config import SparsifyConfig
-from torch_prunepath.console.errors import UserError
+from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.conversion import densify, sparsify
 from torch_prunepath.discover import find_ffns
 from torch_prunepath.evaluation.models import longest_context
@@ -61,6 +61,8 @@ def make_sparse(name: str, model: Any, options: DecodeOptions) -> Any:
     """
     found = resolve(name)
     if isinstance(found, Path) and is_sparse_checkpoint(found):
+        if options.include is not None or options.exclude is not None:
+            raise UserError(f"{found} is sparse already: leave --include and --exclude out")
         model.to("meta")  # frees the dense one's memory
         model = load_folder(found, options.torch_dtype, options.torch_device)
         set_tau(model, 1.0)
@@ -72,7 +74,8 @@ def make_sparse(name: str, model: Any, options: DecodeOptions) -> Any:
         gate=options.gate,  # type: ignore[arg-type]
         budget="uniform",
     )
-    sparsify(model, tau=1.0, config=config, progress=False)
+    with as_user_error(ValueError):
+        sparsify(model, tau=1.0, config=config, include=options.include, exclude=options.exclude, progress=False)
     _randomise_routers(model, options.seed)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,8 @@ def resolve(name: str) -> Geometry | Path:
         return GEOMETRIES[name]
     if (Path(name) / "config.json").is_file():
         return Path(name)
+    if os.path.isfile(name):
+        raise UserError(f"{name} is a file: name its folder, {Path(name).parent}")
     raise UserError(
         f"{name!r} is neither a geometry nor a model's folder with a config.json: choose one of {', '.join(GEOMETRIES)}"
     )

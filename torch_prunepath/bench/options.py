@@ -161,6 +161,8 @@ class DecodeOptions(BenchOptions):
         sparse_modes: sparse modes, of which the best counts.
         backend: torch.compile's backend of the sparse model.
         num_prompts: also measure N prompts of different lengths one by one.
+        include: names or patterns of the FFNs to make sparse, such as 'layers.*.mlp' (default: all).
+        exclude: names or patterns of FFNs to leave dense, such as 'model.layers.0.*' or vision_tower.
         profile: file for where one call's time goes: kernels (CUDA), operators (CPU).
     """
 
@@ -170,6 +172,8 @@ class DecodeOptions(BenchOptions):
     sparse_modes: Sequence[str] | None = option(default=None, metavar="MODE")
     backend: str = "prunepath"
     num_prompts: int = option("--prompts", default=0, metavar="N")
+    include: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
+    exclude: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
     profile: Path | None = option(default=None, metavar="FILE")
 
     def __post_init__(self) -> None:

@@ -137,7 +137,8 @@ def is_sparse_checkpoint(folder: Path) -> bool:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}): save the model again") from error
-    return (config.get("quantization_config") or {}).get("quant_method") == METHOD
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 
 def load_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

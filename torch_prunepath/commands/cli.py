@@ -49,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0, 1 if a benchmark found wrong results, 2 if the person must mend something, or 130 if interrupted.
     """
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("prunepath: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     command_line = shlex.join(["prunepath", *(sys.argv[1:] if argv is None else argv)])
     # So that a command that is asked to end still clears away what it has half written.
@@ -60,9 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = options_of(cls, arguments)
             job = import_module(module)
             results = job.run(options, command_line)
-    except KeyboardInterrupt:
-        print("prunepath: interrupted", file=sys.stderr)
-        return 130
     except ValueError as error:
         if arguments.debug:
             raise

@@ -9,6 +9,7 @@ from torch_prunepath.checkpoint import read_info
 from torch_prunepath.commands.options import InfoOptions
 from torch_prunepath.console import report
 from torch_prunepath.console.errors import as_user_error
+from torch_prunepath.evaluation.models import refuse_file
 
 
 def run(options: InfoOptions, command_line: str = "") -> dict[str, Any]:
@@ -17,6 +18,7 @@ def run(options: InfoOptions, command_line: str = "") -> dict[str, Any]:
     Raises:
         ValueError: if there is no sparse checkpoint.
     """
+    refuse_file(str(options.folder))
     with as_user_error(OSError):
         return {"command": "info", "checkpoint": str(options.folder), **read_info(options.folder)}
 

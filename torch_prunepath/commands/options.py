@@ -26,6 +26,8 @@ class QuickstartOptions:
         text: UTF-8 text to fit and measure on (default: Python's help topics).
         output: folder to write.
         taus: thresholds to measure; the checkpoint keeps the middle one.
+        include: names or patterns of the FFNs to make sparse, such as 'layers.*.mlp' (default: all).
+        exclude: names or patterns of FFNs to leave dense, such as 'model.layers.0.*' or vision_tower.
         seed: seed of everything random (default: 0).
 
     Raises:
@@ -36,6 +38,8 @@ class QuickstartOptions:
     text: str | None = option(default=None, metavar="FILE")
     output: Path = option("-o", "--output", default=Path("prunepath-quickstart"))
     taus: Sequence[float] = option("--tau", default=TAUS)
+    include: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
+    exclude: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +62,8 @@ class SparsifyOptions:
         tau: threshold in (0, 1].
         sparsity: find the tau that reaches this inactive share of neurons.
         text: UTF-8 text to fit and measure on (default: Python's help topics).
+        include: names or patterns of the FFNs to make sparse, such as 'layers.*.mlp' (default: all).
+        exclude: names or patterns of FFNs to leave dense, such as 'model.layers.0.*' or vision_tower.
         settings: fields of :class:`torch_prunepath.SparsifyConfig` that were given.
 
     Raises:
@@ -69,6 +75,8 @@ class SparsifyOptions:
     tau: float = option(default=0.9, one_of="knob")
     sparsity: float | None = option(default=None, one_of="knob")
     text: str | None = option(default=None, metavar="FILE")
+    include: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
+    exclude: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
     settings: Mapping[str, Any] = settings(SparsifyConfig, SETTINGS)
 
     def __post_init__(self) -> None:

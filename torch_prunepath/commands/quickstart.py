@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,18 @@ from torch_prunepath.commands.options import QuickstartOptions
 from torch_prunepath.console import report
 from torch_prunepath.console.output import RESULTS, check_room, is_output_of, output_folder, say, writing
 from torch_prunepath.console.plot import new_figure
+from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
-from torch_prunepath.evaluation.models import SMOLLM2, cache_folder, fetch, load_gguf, load_model, longest_context
+from torch_prunepath.evaluation.models import (
+    SMOLLM2,
+    cache_folder,
+    fetch,
+    load_gguf,
+    load_model,
+    longest_context,
+)
 from torch_prunepath.evaluation.perplexity import decode_speed, perplexity
+from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.sparsity import SparsityRecord
 
@@ -52,7 +61,11 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
-        rows, records = _measure(model, fit_NC, test_NC, taus, config, front_tokens(tokenizer))
+        for window_NC in (fit_NC, test_NC):
+            check_ids(window_NC, model, tokenizer, "the text")
+        choice: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
+        skipped = discover(model, **choice).report()
+        rows, records = _measure(model, fit_NC, test_NC, taus, config, front_tokens(tokenizer), choice)
         tau = taus[len(taus) // 2]
         results: dict[str, Any] = {
             "command": "quickstart",
@@ -60,6 +73,7 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
             "model": report.model(name, model),
             "text": report.text(corpus.name, fit_NC, test_NC),
             "config": asdict(config),
+            "skipped": skipped,
             "rows": rows,
             "checkpoint_tau": tau,
         }
@@ -83,6 +97,7 @@ def render(results: dict[str, Any]) -> str:
     lines += [f'the reloaded checkpoint writes: "{results["generated"]}"', ""]
     lines += [f"checkpoint  {results['checkpoint']} (tau {results['checkpoint_tau']:g}; logits equal after reloading)"]
     lines += [f"plot        {results['plot'] or 'none: matplotlib is not installed'}"]
+    lines += report.skipped(results["skipped"])
     lines += [f"time        {results['seconds']:.0f} s"]
     return "\n".join(lines)
 
@@ -105,7 +120,13 @@ def _on_card(rows: Sequence[dict[str, Any]], tau: float) -> dict[str, str]:
 
 
 def _measure(
-    model: Any, fit_NC: Any, test_NC: Any, taus: Sequence[float], config: Any, front: int
+    model: Any,
+    fit_NC: Any,
+    test_NC: Any,
+    taus: Sequence[float],
+    config: Any,
+    front: int,
+    choice: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], dict[float, SparsityRecord]]:
     """Make the model sparse; return a row for the dense model and one for each tau, and the records of each tau."""
     import torch_prunepath
@@ -126,7 +147,7 @@ def _measure(
     dense = perplexity(model, test_NC, front_tokens=front, title="dense: perplexity")
     rows = [row("dense", 1.0, 0.0, dense)]
     say("building experts and fitting routers")
-    torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=as_batch(fit_NC, front))
+    torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=as_batch(fit_NC, front), **choice)
     records = {}
     for tau in taus:
         torch_prunepath.set_tau(model, tau)

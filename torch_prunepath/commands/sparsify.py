@@ -10,10 +10,12 @@ from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.commands.options import SparsifyOptions
 from torch_prunepath.console import report
 from torch_prunepath.console.output import check_room, output_folder, writing
+from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import fit_and_test, load_corpus
 from torch_prunepath.evaluation.make_sparse import reach_sparsity
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
+from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch, front_tokens
 
 
@@ -32,6 +34,8 @@ def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
         check_room(folder, int(1.1 * report.num_bytes(model)), options.output)
         longest, tokens = longest_context(model), config.calibration_tokens
         fit_NC, test_NC = fit_and_test(corpus, tokenizer, longest=longest, tokens=tokens)
+        for window_NC in (fit_NC, test_NC):
+            check_ids(window_NC, model, tokenizer, "the text")
         front = front_tokens(tokenizer)
         results: dict[str, Any] = {
             "command": "sparsify",
@@ -43,7 +47,9 @@ def run(options: SparsifyOptions, command_line: str = "") -> dict[str, Any]:
         }
         dense = perplexity(model, test_NC, front_tokens=front, title="dense: perplexity")
         data = as_batch(fit_NC, front) if config.needs_data else None
-        torch_prunepath.sparsify(model, tau=tau, config=config, calibration=data)
+        choice: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
+        results["skipped"] = discover(model, **choice).report()
+        torch_prunepath.sparsify(model, tau=tau, config=config, calibration=data, **choice)
         if options.sparsity is not None:
             tau = reach_sparsity(model, options.sparsity, fit_NC, front)
         with torch_prunepath.record_sparsity(model, front_tokens=front) as record:
@@ -65,5 +71,6 @@ def render(results: Mapping[str, Any]) -> str:
         f"sparsity    {results['sparsity']:.1%} of FFN neurons inactive on held-out text",
         f"perplexity  {results['perplexity']:.2f} on held-out text (dense {results['dense_perplexity']:.2f})",
         f"checkpoint  {results['output']}",
+        *report.skipped(results["skipped"]),
     ]
     return "\n".join(lines)

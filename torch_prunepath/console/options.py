@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import types
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,12 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from torch_prunepath.console.errors import UserError
+
 _KEY = "prunepath.option"
+
+_LIMIT = 1 << 63
+"""Whole numbers from here on do not fit into torch's."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +101,31 @@ def options_of(cls: type, arguments: argparse.Namespace) -> Any:
     """The dataclass of options with what was parsed, sequences as tuples.
 
     Raises:
-        ValueError: if the dataclass refuses a value.
+        ValueError: if a number is not finite or too large for torch, or the dataclass refuses a value.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if field.metadata.get(_KEY, _Option()).settings is not None:
             start = f"{field.name}."
             given = {name.removeprefix(start): v for name, v in vars(arguments).items() if name.startswith(start)}
+            for name, value in given.items():
+                _check_number(flag(name), value)
             values[field.name] = given
         else:
             value = getattr(arguments, field.name)
+            named = field.metadata.get(_KEY, _Option()).flags or (flag(field.name),)
+            for each in value if isinstance(value, list) else [value]:
+                _check_number(named[-1], each)
             values[field.name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Refuse numbers that no option takes, and that libraries refuse in words of their own, or not at all."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} {value} is no finite number: give another")
+    if isinstance(value, int) and abs(value) >= _LIMIT:
+        raise UserError(f"{name} {value} is out of range: torch takes whole numbers of 64 bits, below 2**63")
 
 
 def documented(cls: type) -> dict[str, str]:

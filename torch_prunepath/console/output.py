@@ -8,14 +8,22 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from torch_prunepath.console.errors import UserError, write_error
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 REMEDY = "choose another place with --output"
+
+_TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+"""Words in the errors of torch.save that tell that a file could not be written."""
 
 RESULTS = "results.json"
 """The file of an output folder that holds the results, by which a command knows its own folders again."""
@@ -33,10 +41,12 @@ def output_folder(path: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]
         UserError: if ``path`` holds something else, or cannot be written.
     """
     path = path.absolute()
+    missing = [parent for parent in path.parents if not parent.exists()]
     with writing(path):
         _check_free(path, ours)
+        remove_leftovers(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        partial, lock = _new_partial(path)
     try:
         yield partial
         with writing(path):
@@ -47,6 +57,45 @@ def output_folder(path: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for parent in missing:  # made for nothing, if they are empty
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove half-written folders of ``path`` whose process is gone; its name may hold ``*``.
+
+    A process that is alive holds a lock on its folder, and the system gives the lock back however the process ends.
+    """
+    if fcntl is None:
+        return
+    for leftover in path.parent.glob(f".{path.name}.{'?' * 8}.partial"):
+        with suppress(OSError):
+            lock = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _new_partial(path: Path) -> tuple[Path, int | None]:
+    """Make a folder beside ``path``; return it and its lock, if the system and the disk have locks."""
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        if fcntl is None:
+            return partial, None
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            os.close(lock)
+            return partial, None
+        if partial.exists():
+            return partial, lock
+        os.close(lock)  # another process took it for a leftover in between
 
 
 def is_output_of(command: str) -> Callable[[Path], bool]:
@@ -73,6 +122,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        raise write_error(error, path, REMEDY) from error
+    except Exception as error:
+        # tokenizers raises Exception itself, torch.save RuntimeError, with the system's error as text at most.
+        if "os error" not in str(error) and not any(word in str(error) for word in _TORCH_WRITES):
+            raise
         raise write_error(error, path, REMEDY) from error
 
 

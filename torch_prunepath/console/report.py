@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch_prunepath.discover.refusal import Refusal, in_one_line
+
 PACKAGES = ("torch-prunepath", "torch", "transformers", "numpy")
 
 
@@ -73,6 +75,14 @@ def heading(results: Mapping[str, Any]) -> list[str]:
         f"hardware    {hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads",
         f"versions    {versions}",
     ]
+
+
+def skipped(entries: Sequence[Mapping[str, str]]) -> list[str]:
+    """The lines that say which FFNs stayed dense, and why; none if all were made sparse."""
+    if not entries:
+        return []
+    told = in_one_line([Refusal(entry["name"], entry["reason"]) for entry in entries])
+    return [f"still dense {told}"]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

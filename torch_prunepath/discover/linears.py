@@ -44,6 +44,11 @@ def common_ancestor(*names: str) -> str:
     return ".".join(shared)
 
 
+def lies_in(name: str, module: str) -> bool:
+    """Whether ``name`` is the qualified name of ``module`` or of a module inside it."""
+    return not module or name == module or name.startswith(f"{module}.")
+
+
 def relative(name: str, owner: str) -> str:
     """Return ``name`` relative to the module ``owner`` above it."""
     return name.removeprefix(f"{owner}.") if owner else name
@@ -78,7 +83,9 @@ def problem_of(module: nn.Module) -> str | None:
     kind = type(module).__name__
     weight = module._parameters.get("weight")
     if weight is None:
-        return f"is a {kind} without a weight parameter: quantised or computed weights do not do"
+        pruned = any(name.endswith("_orig") for name in module._parameters)
+        hint = ", call torch.nn.utils.prune.remove on what was pruned" if pruned else ""
+        return f"is a {kind} without a weight parameter: quantised or computed weights do not do{hint}"
     if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
         return f"is a {kind} with a {type(weight).__name__} of {weight.dtype}: quantised or sharded weights do not do"
     if not (isinstance(module, nn.Linear) or is_transposed(module)) or set(module._parameters) != {"weight", "bias"}:

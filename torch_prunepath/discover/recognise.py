@@ -5,6 +5,7 @@ Shapes: N probed tokens, D hidden size, F neurons.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 from torch_prunepath.activations import ACTIVATIONS
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.discover.linears import LinearAt, common_ancestor, fits, relative
-from torch_prunepath.discover.stand_ins import Opaque, Probe, Refused, Trace, inputs_of, leaves, trace
+from torch_prunepath.discover.stand_ins import Trace, inputs_of, trace
+from torch_prunepath.discover.values import Opaque, Probe, Refused, leaves, refuse_called_dropout
 
 _MARKERS = (3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0, 23.0)
 """Factors by which the ``nn.Dropout`` modules of a module multiply. They are different primes, so a value tells through
 which dropout it went."""
+
+_CALLED = (29.0, 31.0, 37.0, 41.0)
+"""Factors by which the dropouts that are calls multiply in training: more primes."""
 
 _TOLERANCE = 1e-5
 """Largest relative or absolute difference between equal values. gelu and its tanh form differ by up to 4.7e-4; an
@@ -126,9 +131,15 @@ class Trials:
             in_training = self._whole(spec.name, owner, layers, spec.hidden_size, training=True)
         except Refused as refusal:
             raise Refused(f"in training, {refusal.reason}", rank=2) from None
-        if in_training != spec:
+        # A dropout that is a call does nothing in evaluation, so that only training shows it.
+        share = in_training.output_dropout
+        called = isinstance(share, float) and spec.output_dropout is None
+        if isinstance(share, float) and not spec.gated:
+            # Made sparse layer by layer, it keeps the model's own call, and old checkpoints have it so.
+            raise refuse_called_dropout(share)
+        if (dataclasses.replace(in_training, output_dropout=None) if called else in_training) != spec:
             raise Refused("forward computes something else in training", rank=2)
-        return spec
+        return in_training
 
     def _whole(self, name: str, owner: nn.Module, layers: Sequence[LinearAt], size: int, *, training: bool) -> FFNSpec:
         tokens = self._tokens(layers)
@@ -140,7 +151,8 @@ class Trials:
         if len(dropouts) > len(_MARKERS):
             raise Refused(f"holds {len(dropouts)} dropouts")
         markers = dict(zip(dropouts, _MARKERS, strict=False))
-        record = trace(owner, given, (2, tokens, size), x=x, training=training, markers=markers)
+        called = _CALLED if training else ()
+        record = trace(owner, given, (2, tokens, size), x=x, training=training, markers=markers, called=called)
 
         if any(len(record.calls.get(layer.module, ())) != 1 for layer in layers):
             raise Refused("forward does not call each of its linear layers once")
@@ -156,13 +168,16 @@ class Trials:
         scales = (1.0, *markers.values())
         values = [given[layer.module] for layer in first]
         formula = _formula_of(record.calls[down.module][0], down.in_size, values, scales)
+        if formula is None and record.called_dropouts:
+            raise refuse_called_dropout(next(iter(record.called_dropouts.values())))
         if formula is None:
             raise _unknown(relative(down.name, name), record)
-        output_scale = _scale_of(record.result, given[down.module], scales)
+        output_scale = _scale_of(record.result, given[down.module], (*scales, *record.called_dropouts))
         if output_scale is None:
             raise Refused(f"forward does more than the FFN with what {relative(down.name, name)} returns", rank=2)
 
-        names = {markers[m]: n for n, m in owner.named_modules() if m in markers}
+        names: dict[float, str | float] = {markers[m]: n for n, m in owner.named_modules() if m in markers}
+        names |= record.called_dropouts
         up = first[1 - formula.gate] if formula.gate is not None else first[0]
         return FFNSpec(
             name=name,
@@ -171,7 +186,7 @@ class Trials:
             gate=None if formula.gate is None else relative(first[formula.gate].name, name),
             fused=formula.fused,
             activation=formula.activation,
-            hidden_dropout=names.get(formula.scale),
+            hidden_dropout=names.get(formula.scale),  # type: ignore[arg-type]  # a called one is refused above
             output_dropout=names.get(output_scale),
             hidden_size=size,
             ffn_size=down.in_size,

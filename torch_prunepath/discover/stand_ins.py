@@ -13,8 +13,9 @@ Shapes: the numbers returned are ``[..., features]``; an opaque value claims to 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,146 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CASTS = frozenset(["to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"])
-"""Names of casts, which leave the numbers as they are."""
-
-_RANDOM = frozenset(["bernoulli", "exponential", "multinomial", "normal", "rand_like", "randn_like", "uniform"])
-"""Names of operations, without a trailing underscore, that draw random numbers."""
-
-_FACTS = frozenset(["size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"])
-"""Names of methods whose results are true of an opaque value too, such as its size."""
-
-_NOT_IN_PLACE = frozenset(["__index__", "__int__", "__invert__", "__iter__"])
-"""Names that begin with ``__i`` as in-place operators do, but are none."""
-
-_UNPACK_LENGTHS = (2, 3, 1, 4, 5, 6, 7, 8)
-"""Numbers of values that an unpacked opaque value may hold, in the order in which they are tried. The order, and the
-end at 8, are guesses."""
-
-
-class Refused(Exception):
-    """Error for a module that is not a feed-forward network as which it was tried.
-
-    Args:
-        reason: the reason, for users.
-        rank: how far the trial came. Of several refusals of one module, the one with the highest rank is reported.
-    """
-
-    def __init__(self, reason: str, rank: int = 1) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.rank = rank
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """Yield the values inside nested tuples, lists and dicts."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from leaves(item)
-    else:
-        yield value
-
-
-class _Traced(Tensor):
-    """A tensor whose operations are checked before they run."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        opaque = next((tensor for tensor in tensors if isinstance(tensor, Opaque)), None)
-        name = func.__name__
-        if not any(isinstance(tensor, Probe) for tensor in tensors):
-            assert opaque is not None
-            if name in _FACTS or name == "__get__":
-                fact = super().__torch_function__(func, types, args, kwargs)
-                fact = torch.device("cpu") if isinstance(fact, torch.device) else fact
-                return opaque if isinstance(fact, Tensor) else fact
-            return opaque
-        if name in _CASTS and isinstance(args[0], Probe):
-            return args[0]
-        _check_probe_operation(name, args, kwargs, opaque is not None)
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class Probe(_Traced):
-    """Numbers that a watched module returned, or that were computed from such numbers."""
-
-
-class Opaque(_Traced):
-    """An unknown value: every operation on it returns it again."""
-
-    unpacks: _Unpacks
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter([self] * self.unpacks.next())
-
-    def __index__(self) -> int:
-        return 0
-
-    __int__ = __index__
-
-    def __float__(self) -> float:
-        return 0.0
-
-    def __add__(self, other: Any) -> Tensor:
-        return self if isinstance(other, tuple | list) else super().__add__(other)
-
-    def __radd__(self, other: Any) -> Tensor:
-        """Stand for the concatenation of a tuple or list and this value, an output of another module."""
-        return self if isinstance(other, tuple | list) else super().__radd__(other)
-
-    def __getattr__(self, name: str) -> Tensor:
-        """Stand for any field of another module's output, such as ``last_hidden_state``."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self
-
-
-def _check_probe_operation(name: str, args: tuple, kwargs: dict, meets_opaque: bool) -> None:
-    """Raise :class:`Refused` if an FFN does not use the operation on its hidden values."""
-    if meets_opaque:
-        raise Refused(f"a hidden value meets a value of other origin ({name.strip('_')})")
-    if name.rstrip("_") in _RANDOM:
-        raise Refused(f"a hidden value meets random numbers ({name.strip('_')})")
-    in_place = name == "__setitem__" or (name.startswith("__i") and name not in _NOT_IN_PLACE) or "out" in kwargs
-    if (in_place or (name.endswith("_") and not name.endswith("__"))) and not isinstance(args[0], Probe):
-        raise Refused(f"a hidden value is written into another tensor ({name.strip('_')})")
-    if "dropout" in name:
-        share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        active = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-        if active and share > 0:
-            raise Refused(f"a hidden value passes through a dropout of {share} that is a call, not an nn.Dropout")
-
-
-class _Unpacks:
-    """Guesses of how many values each unpacked opaque value holds, in the order in which a run unpacks them."""
-
-    def __init__(self) -> None:
-        self._lengths: list[int] = []
-        self._at = 0
-
-    def restart(self) -> None:
-        self._at = 0
-
-    def next(self) -> int:
-        if self._at == len(self._lengths):
-            self._lengths.append(_UNPACK_LENGTHS[0])
-        self._at += 1
-        return self._lengths[self._at - 1]
-
-    def guess_again(self) -> bool:
-        """Change the last guess, which did not fit; return False if every length was tried."""
-        del self._lengths[self._at :]
-        if not self._lengths or self._lengths[-1] == _UNPACK_LENGTHS[-1]:
-            return False
-        self._lengths[-1] = _UNPACK_LENGTHS[_UNPACK_LENGTHS.index(self._lengths[-1]) + 1]
-        return True
+from torch_prunepath.discover.values import CalledDropouts, Followed, Opaque, Probe, Refused, Unpacks, leaves
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -186,11 +48,16 @@ class Trace:
             the order of their first call.
         result: return value of ``forward``, as a plain tensor if it was a single :class:`Probe`.
         passed: class names of the submodules that probes passed through.
+        called_dropouts: shares of the dropouts that are calls and were active in training, by the factor in ``called``
+            by which each multiplied.
+        choices: names of the operations that chose by the value that is followed.
     """
 
     calls: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     result: Any = None
     passed: list[str] = field(default_factory=list)
+    called_dropouts: dict[float, float] = field(default_factory=dict)
+    choices: list[str] = field(default_factory=list)
 
 
 def plain(probe: Tensor) -> Tensor:
@@ -254,12 +121,13 @@ class _Shadows:
             return self._copy(child, {}, partial(self._call_opaque, f"{name} ({type(child).__name__})"))
         return self._copy(child, {}, partial(self._call_stateless, self.of(child)))
 
-    def _call_watched(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _call_watched(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        x = next(iter((*args, *kwargs.values())))
         known = isinstance(x, Tensor) and not isinstance(x, Opaque)
         self._trace.calls.setdefault(module, []).append(plain(x) if known else x)
         values = self._watched[module]
-        if values is None:
-            return self._opaque
+        if values is None or isinstance(values, Opaque):
+            return self._opaque if values is None else values
         if known and x.shape[:-1] != values.shape[:-1]:
             values = values.reshape(*x.shape[:-1], values.shape[-1])
         return values.clone().as_subclass(Probe)
@@ -268,13 +136,14 @@ class _Shadows:
         return x * self._markers[module] if module in self._markers else x
 
     def _call_opaque(self, label: str, *args: Any, **kwargs: Any) -> Tensor:
-        if any(isinstance(leaf, Probe) for leaf in leaves((args, kwargs))):
+        given = list(leaves((args, kwargs)))
+        if any(isinstance(leaf, Probe) for leaf in given):
             raise Refused(f"a hidden value passes through {label}")
-        return self._opaque
+        return next((leaf for leaf in given if isinstance(leaf, Followed)), self._opaque)
 
     def _call_stateless(self, shadow: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = list(leaves((args, kwargs)))
-        if any(isinstance(leaf, Opaque) for leaf in given):
+        if any(isinstance(leaf, Opaque) for leaf in given) and not any(isinstance(leaf, Followed) for leaf in given):
             if any(isinstance(leaf, Probe) for leaf in given):
                 raise Refused(f"a hidden value meets a value of other origin ({type(shadow).__name__})")
             return self._opaque
@@ -290,6 +159,8 @@ def trace(
     x: Tensor | None = None,
     training: bool = False,
     markers: Mapping[nn.Module, float] | None = None,
+    called: Sequence[float] = (),
+    follow: nn.Module | None = None,
     record: Trace | None = None,
 ) -> Trace:
     """Run ``owner.forward`` on stand-ins.
@@ -302,27 +173,35 @@ def trace(
         x: the only input of ``owner.forward``, float64; None makes every input opaque.
         training: value of ``training`` in the shadow and its submodules.
         markers: factor by which each ``nn.Dropout`` multiplies, so that its place can be found; 1 if not given.
+        called: factors by which the dropouts that are calls multiply, one for each call; more calls are refused.
+        follow: a submodule that returns a :class:`Followed` value.
         record: the record to fill and return; with it, a caller can see how far a refused run came.
 
     Raises:
         Refused: if the run fails, or does something with the numbers that no feed-forward network does.
     """
     opaque = torch.empty(shape, dtype=torch.float64, device="meta").as_subclass(Opaque)
-    opaque.unpacks = _Unpacks()
+    opaque.unpacks = Unpacks()
     record = Trace() if record is None else record
+    if follow is not None:
+        watched = {**watched, follow: _followed(opaque, record)}
     while True:
         opaque.unpacks.restart()
         record.calls.clear()
         record.passed.clear()
+        record.choices.clear()
+        dropouts = CalledDropouts(called)
         try:
             shadow = _Shadows(record, watched, markers or {}, opaque, training).of(owner)
             required, _ = inputs_of(owner)
-            if x is not None:
-                result = shadow.forward(x.clone().as_subclass(Probe))
-            elif required:
-                result = shadow.forward(**dict.fromkeys(required, opaque))
-            else:
-                result = shadow.forward(opaque)
+            with dropouts if called else contextlib.nullcontext():
+                if x is not None:
+                    result = shadow.forward(x.clone().as_subclass(Probe))
+                elif required:
+                    result = shadow.forward(**dict.fromkeys(required, opaque))
+                else:
+                    result = shadow.forward(opaque)
+            record.called_dropouts = dropouts.shares
             record.result = plain(result) if isinstance(result, Probe) else result
             return record
         except Refused:
@@ -332,3 +211,9 @@ def trace(
             if not (unpacking and opaque.unpacks.guess_again()):
                 what = (str(error).strip().splitlines() or [""])[0][:200]
                 raise Refused(f"forward cannot be followed ({type(error).__name__}: {what})", rank=0) from error
+
+
+def _followed(opaque: Opaque, record: Trace) -> Followed:
+    followed = torch.empty(opaque.shape, dtype=torch.float64, device="meta").as_subclass(Followed)
+    followed.unpacks, followed.other, followed.choices = opaque.unpacks, opaque, record.choices
+    return followed

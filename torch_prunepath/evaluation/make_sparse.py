@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch_prunepath.config import SparsifyConfig, check_sparsity, check_tau
 from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.conversion import sparsify
+from torch_prunepath.discover import Which
 from torch_prunepath.evaluation.corpus import CONTEXT, Corpus, load_corpus, windows
 from torch_prunepath.evaluation.models import longest_context
+from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.views import sparse_layers
@@ -34,15 +36,23 @@ SMALLEST_STEP = 2e-7
 SETTINGS = tuple(field.name for field in dataclasses.fields(SparsifyConfig))
 """Names of the settings that an argument of a command may give."""
 
+CHOICES = ("include", "exclude")
+"""Names of the arguments that say which FFNs are made sparse."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The settings that a command's arguments ask for, checked; ``settings`` are fields of ``SparsifyConfig``."""
+    """The settings that a command's arguments ask for, checked; ``settings`` are fields of ``SparsifyConfig``.
+
+    ``include`` and ``exclude`` say which FFNs are made sparse, as for :func:`torch_prunepath.sparsify`.
+    """
 
     tau: float | None
     sparsity: float | None
     text: str | None
     settings: dict[str, Any]
+    include: Any = None
+    exclude: Any = None
 
     @classmethod
     def of(cls, tau: Any, sparsity: Any, text: str | None, options: dict[str, Any]) -> Asked:
@@ -61,7 +71,17 @@ class Asked:
             sparsity = None if sparsity is None else check_sparsity(sparsity)
         if text is not None:
             load_corpus(text)  # only to see now whether it can be read
-        return cls(tau, sparsity, text, settings)
+        return cls(tau, sparsity, text, settings, *(_patterns(options.pop(name, None)) for name in CHOICES))
+
+    @property
+    def about_experts(self) -> list[str]:
+        """Names of the arguments that say how experts are made, and so belong to a dense model."""
+        return [*self.settings, *(name for name in CHOICES if getattr(self, name) is not None)]
+
+
+def _patterns(value: Any) -> Any:
+    """Return the patterns in a text, in which a semicolon separates them; anything else as it is."""
+    return value.split(";") if isinstance(value, str) else value
 
 
 def _number(name: str, value: Any) -> float | None:
@@ -76,21 +96,33 @@ def fit_windows(corpus: Corpus, model: Any, tokenizer: Any, tokens: int) -> Tens
 
     Raises:
         UserError: if the text does not fill one window.
+        ValueError: if the tokenizer gives ids that the model does not have.
     """
     context = min(CONTEXT, longest_context(model))
     count = max(1, tokens // context)
-    return windows(corpus.calibration, tokenizer, context=context, count=count, part="text for calibration")
+    window_NC = windows(corpus.calibration, tokenizer, context=context, count=count, part="text for calibration")
+    check_ids(window_NC, model, tokenizer, "the text")
+    return window_NC
 
 
-def make_sparse(model: nn.Module, window_NC: Tensor, config: SparsifyConfig, front: int = 0) -> None:
+def make_sparse(
+    model: nn.Module,
+    window_NC: Tensor,
+    config: SparsifyConfig,
+    front: int = 0,
+    *,
+    include: Which | None = None,
+    exclude: Which | None = None,
+) -> None:
     """Sparsify a dense model in place, with every expert active.
 
     The first ``front`` tokens of each window are context only.
 
     Raises:
-        ValueError: if :func:`torch_prunepath.sparsify` refuses the model, config or data.
+        ValueError: if :func:`torch_prunepath.sparsify` refuses the model, config, data or choice of FFNs.
     """
-    sparsify(model, tau=1.0, config=config, calibration=as_batch(window_NC, front) if config.needs_data else None)
+    data = as_batch(window_NC, front) if config.needs_data else None
+    sparsify(model, tau=1.0, config=config, calibration=data, include=include, exclude=exclude)
 
 
 def reach_sparsity(model: nn.Module, sparsity: float, window_NC: Tensor, front: int = 0) -> float:

@@ -12,11 +12,12 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from torch_prunepath.console.errors import UserError, as_user_error, one_line, write_error
+
+if TYPE_CHECKING:
+    pass
 
 CACHE_REMEDY = "point XDG_CACHE_HOME at another disk"
 
@@ -140,17 +141,28 @@ def load_model(name: str) -> tuple[Any, Any]:
     """
     if name.endswith(".gguf"):
         return load_gguf(Path(name))
+    refuse_file(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of any type: a damaged file fails where its reader stumbles
         raise UserError(
             f"cannot load the model {name!r} ({one_line(error)}): give a folder that holds a causal language model, or "
             "the name of one on the Hugging Face hub, which needs a network"
         ) from error
     return model.eval(), tokenizer
+
+
+def refuse_file(name: str) -> None:
+    """Refuse a file where a model's folder is needed.
+
+    Raises:
+        UserError: if there is a file of this name.
+    """
+    if os.path.isfile(name) and not name.endswith(".gguf"):
+        raise UserError(f"{name} is a file: name its folder, {Path(name).parent}")
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:

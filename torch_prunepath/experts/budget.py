@@ -25,6 +25,7 @@ from torch_prunepath.config import Rule
 from torch_prunepath.inputs.data import Inputs, evaluation_mode
 from torch_prunepath.inputs.front import front_of
 from torch_prunepath.inputs.padding import PaddingTracker
+from torch_prunepath.inputs.rows import count_rows, take_rows
 from torch_prunepath.inputs.visit import quiet, removing
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.ops.experts import expand_experts
@@ -96,11 +97,16 @@ def fisher_information(
 
 
 def _rows(inputs: Inputs) -> list[Inputs]:
-    """Choose single rows, evenly spread, with at most ``FISHER_TOKENS`` tokens in all (at least one row)."""
-    rows = next(v.shape[0] for v in inputs.values() if isinstance(v, Tensor))
+    """Choose single rows, evenly spread, with at most ``FISHER_TOKENS`` tokens in all (at least one row).
+
+    What cannot be cut into rows is taken as it is.
+    """
+    rows = count_rows(inputs)
+    if rows is None:
+        return [inputs]
     width = inputs["input_ids"].shape[1] if "input_ids" in inputs else FISHER_TOKENS // 16
     chosen = torch.linspace(0, rows - 1, max(1, min(rows, FISHER_TOKENS // width))).round().long().tolist()
-    return [{k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()} for i in chosen]
+    return [take_rows(inputs, slice(i, i + 1)) for i in chosen]
 
 
 def _output_gradients(

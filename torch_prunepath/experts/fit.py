@@ -38,9 +38,9 @@ def fit_routers(model: ModelT, batches: Any, *, tokenizer: Any = None, progress:
 
     Args:
         model: a sparse model.
-        batches: token ids ``[B, T]``, dicts of model inputs, an iterable of either, or texts with ``tokenizer``. All
-            the data is used, in one batch.
-        tokenizer: tokenizer for texts.
+        batches: texts or chats (with ``tokenizer``), token ids ``[B, T]``, dicts of model inputs, or an iterable of
+            these; see :func:`torch_prunepath.inputs.data.as_inputs`. All the data is used, in one batch.
+        tokenizer: tokenizer for texts, as for :func:`torch_prunepath.sparsify`.
         progress: show a progress bar.
 
     Raises:

@@ -6,16 +6,18 @@ Shapes: B rows, T tokens a row.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_prunepath.inputs.check import NOT_FINITE, check_ids, check_tokens, check_weights
-from torch_prunepath.inputs.forms import evenly, read
+from torch_prunepath.inputs.forms import read
 from torch_prunepath.inputs.front import added_tokens, as_batch, front_of
-from torch_prunepath.inputs.text import row_length, text_rows
+from torch_prunepath.inputs.rows import count_rows, take_rows
+from torch_prunepath.inputs.text import Row, row_length, text_rows
 from torch_prunepath.progress import progress_bar
 
 Inputs = dict[str, Any]
@@ -56,7 +58,7 @@ def _as_batches(found: list[str] | list[Inputs], model: nn.Module, tokenizer: An
     """Tokenise what is text."""
     texts = [text for text in found if isinstance(text, str)]
     if texts:
-        return text_rows(texts, tokenizer, row_length(model), causal=is_causal(model))
+        return list(text_rows(texts, tokenizer, row_length(model), causal=is_causal(model)))
     return [batch for batch in found if not isinstance(batch, str)]
 
 
@@ -67,11 +69,9 @@ def _joined(batches: list[Inputs], model: nn.Module, tokenizer: Any = None, toke
     if ids is not None:
         check_ids(ids, model, tokenizer)
     if ids is not None and tokens is not None and ids.dim() == 2 and ids.numel() > tokens:
-        rows = max(1, tokens // ids.shape[1])
-        if rows < ids.shape[0]:
-            keep = torch.linspace(0, ids.shape[0] - 1, rows).round().long()
-            B = ids.shape[0]
-            inputs = {k: v[keep] if isinstance(v, Tensor) and v.shape[:1] == (B,) else v for k, v in inputs.items()}
+        rows, count = max(1, tokens // ids.shape[1]), count_rows(inputs)
+        if count is not None and rows < count:
+            inputs = take_rows(inputs, torch.linspace(0, count - 1, rows).round().long())
     if _is_encoder_decoder(model) and ids is not None and not inputs.keys() & {"decoder_input_ids", "labels"}:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     device = next(model.parameters()).device
@@ -232,7 +232,15 @@ def iterate_inputs(batches: Any, model: nn.Module, tokenizer: Any = None) -> lis
     It takes the same data as :func:`as_inputs`. Texts and single rows are joined, ``EVALUATION_ROWS`` to a batch.
     """
     found = _as_batches(read(batches, model, tokenizer), model, tokenizer)
-    return [_joined(group, model, tokenizer) for group in evenly(found, EVALUATION_ROWS)]
+    return [_joined(group, model, tokenizer) for group in _grouped(found)]
+
+
+def _grouped(batches: Sequence[Inputs]) -> Iterator[list[Inputs]]:
+    """Group neighbouring rows, ``EVALUATION_ROWS`` to a group; a batch of the caller's is a group by itself."""
+    for joined, group in itertools.groupby(batches, key=lambda batch: isinstance(batch, Row)):
+        members = list(group)
+        size = EVALUATION_ROWS if joined else 1
+        yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
 @contextlib.contextmanager

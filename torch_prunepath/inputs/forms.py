@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.inputs.front import FRONT
-from torch_prunepath.inputs.text import chat_text, is_chat
+from torch_prunepath.inputs.text import Row, chat_text, is_chat
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
@@ -66,8 +66,13 @@ def read(data: Any, model: nn.Module, tokenizer: Any = None, most: int | None = 
         return [text if isinstance(text, str) else chat_text(text, tokenizer) for text in texts]
     if not batches:
         raise ValueError("calibration holds no token: its rows are empty")
-    kept = [batch for batch in batches if not (isinstance(i := batch.get("input_ids"), Tensor) and not i.numel())]
-    return kept or batches  # which are refused for that
+    return [batch for batch in batches if _has_tokens(batch)] or batches  # which are refused for that
+
+
+def _has_tokens(batch: Batch) -> bool:
+    """Whether a batch has a token that is no padding, or does not hold tokens at all."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    return ids is None or (ids.numel() > 0 and (not isinstance(mask, Tensor) or bool(mask.any())))
 
 
 # --- elements ---------------------------------------------------------------------------------------------------------
@@ -115,10 +120,10 @@ def _parts(element: Any, taken: _Columns, row: bool) -> _Texts | list[Batch]:
         element = element[0]  # a batch of TensorDataset
     ids = _as_tensor(element)
     if isinstance(ids, list) and all(_is_ids(row) and row.dim() == 1 for row in ids):
-        return [{"input_ids": row.long()[None]} for row in ids]
+        return [Row(input_ids=row.long()[None]) for row in ids]
     if not isinstance(ids, Tensor) or not _is_ids(ids):
         raise TypeError(FORMS + _kind(ids if isinstance(ids, Tensor) else element))
-    return [{"input_ids": ids.long() if ids.dim() == 2 else ids.long()[None]}]
+    return [{"input_ids": ids.long()} if ids.dim() == 2 else Row(input_ids=ids.long()[None])]
 
 
 def _is_ids(tensor: Any) -> bool:
@@ -257,12 +262,14 @@ def _batches(columns: Batch, row: bool) -> list[Batch]:
         return [part for each in _rows(columns, len(ids)) for part in _batches(each, row=True)]
     if ids is not None and not _is_ids(ids):
         raise TypeError(f"calibration's 'input_ids' must be int64 token ids [B, T], not {_kind(ids)}")
-    if ids.dim() == 1 if isinstance(ids, Tensor) else row:
+    single = ids.dim() == 1 if isinstance(ids, Tensor) else row
+    if single:
         columns = {name: _as_row(name, value) for name, value in columns.items()}
     wrong = {name: value for name, value in columns.items() if isinstance(value, list | tuple | str | np.ndarray)}
     for name, value in wrong.items():
         raise TypeError(f"calibration's {name!r} must be a tensor, an array or lists of numbers, not {_kind(value)}")
-    return [{name: _int64(name, value) for name, value in columns.items()}]
+    columns = {name: _int64(name, value) for name, value in columns.items()}
+    return [Row(columns) if single else columns]
 
 
 def _rows(columns: Batch, count: int) -> Iterator[Batch]:
@@ -290,24 +297,3 @@ def _as_row(name: str, value: Any) -> Any:
 
 def _int64(name: str, value: Any) -> Any:
     return value.long() if name.endswith("input_ids") and isinstance(value, Tensor) else value
-
-
-def rows_of(batch: Mapping[str, Any]) -> int:
-    """Return the number of rows of a batch."""
-    return next((value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()), 1)
-
-
-def evenly(batches: Sequence[Batch], rows: int) -> Iterator[list[Batch]]:
-    """Group neighbouring batches of one row each, ``rows`` to a group; a batch of several rows is a group by itself."""
-    group: list[Batch] = []
-    for batch in batches:
-        single = rows_of(batch) == 1
-        if group and (not single or len(group) == rows):
-            yield group
-            group = []
-        group.append(batch)
-        if not single:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -70,25 +70,24 @@ class PaddingTracker:
             labels = _two_dimensional(given.get("labels"))
             if decoder is None and labels is not None and "decoder_input_ids" in parameters:
                 decoder = _up_to_the_end(labels)
-            own = self._without_front(_two_dimensional(given.get("attention_mask")), given)
+            own = self._without_front(_two_dimensional(given.get("attention_mask")))
             if own is None:  # none of its own, or one already expanded to attention's shape: what surrounds it holds
                 own = around.own if given.get("encoder_hidden_states") is None else around.decoder
             if own is None:
-                own = _attended(given.get("attention_mask"))
+                own = self._without_front(_attended(given.get("attention_mask")))
+            if own is None and self.front:
+                own = self._without_front(_all_of(given.get("input_ids")))
             if any(given.get(name) is not None for name in SOUND):
                 own = None
             self._masks.append(_Masks(own, around.decoder if decoder is None else decoder))
 
         return hook
 
-    def _without_front(self, mask: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
-        """Clear the tokens in front in a mask, or in that of inputs without padding; ``[B, T]``, or None if unknown."""
-        if not self.front:
+    def _without_front(self, mask: Tensor | None) -> Tensor | None:
+        """Clear the tokens in front in a mask ``[B, T]``."""
+        if mask is None or not self.front:
             return mask
-        ids = given.get("input_ids")
-        if mask is None and isinstance(ids, Tensor):
-            mask = torch.ones_like(ids)
-        return None if mask is None else (mask != 0) & ((mask != 0).cumsum(1) > self.front)
+        return (mask != 0) & ((mask != 0).cumsum(1) > self.front)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._masks.pop()
@@ -111,6 +110,11 @@ class PaddingTracker:
 
 def _two_dimensional(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _all_of(ids: Any) -> Tensor | None:
+    """The mask of token ids without padding."""
+    return torch.ones_like(ids) if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
 
 def _attended(mask: Any) -> Tensor | None:

@@ -18,6 +18,10 @@ SHORTEST = 8
 """Rows of fewer tokens are left out where there are longer ones: such rests say little about a text. A guess."""
 
 
+class Row(dict[str, Any]):
+    """A batch of one row that the caller did not give as a batch, so that it may be joined with others."""
+
+
 def row_length(model: nn.Module) -> int:
     """Return the tokens in a row of calibration text: ``ROW_TOKENS``, or fewer if the model has fewer positions."""
     config = getattr(model, "config", None)
@@ -26,8 +30,8 @@ def row_length(model: nn.Module) -> int:
     return min([ROW_TOKENS, *(limit - 2 for limit in limits if isinstance(limit, int) and limit > 2)])
 
 
-def text_rows(texts: Sequence[str], tokenizer: Any, length: int, *, causal: bool) -> list[dict[str, Any]]:
-    """Cut texts into rows of at most ``length`` tokens, each a batch ``[1, T]``.
+def text_rows(texts: Sequence[str], tokenizer: Any, length: int, *, causal: bool) -> list[Row]:
+    """Cut texts into rows of at most ``length`` tokens, each ``[1, T]``.
 
     Every row starts with what the tokenizer puts in front of a text. What it puts behind ends every row of a model that
     reads in both directions, which knows no text without it; for a causal model it ends the text, so only its last row.
@@ -59,7 +63,7 @@ def text_rows(texts: Sequence[str], tokenizer: Any, length: int, *, causal: bool
     if not rows:
         raise ValueError("calibration texts are empty after tokenisation: pass more text")
     context = {FRONT: len(front)} if front and causal else {}
-    return [{"input_ids": torch.tensor([front + piece + closing]), **context} for piece in pieces]
+    return [Row(input_ids=torch.tensor([row]), **context) for row in rows]
 
 
 def is_chat(value: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_prunepath.inputs.data import Inputs, evaluating
 from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
+from torch_prunepath.inputs.rows import count_rows, take_rows
 from torch_prunepath.layer.ffn import FFNView
 
 
@@ -74,8 +75,9 @@ def check_reached(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) ->
     if missed:
         raise ValueError(
             f"calibration data does not reach {len(missed)} of {len(views)} FFNs (the first: {missed[0]}): pass inputs "
-            "that run the whole model (images too, for an FFN that reads images), or a config with budget='uniform', "
-            "partition='kmeans', router='centroid', which needs no data"
+            f"that run the whole model (images too, for an FFN that reads images), leave such FFNs dense "
+            f"(exclude={missed[0]!r}), or take a config with budget='uniform', partition='kmeans', router='centroid', "
+            "which needs no data"
         )
     return calls
 
@@ -93,7 +95,9 @@ def _count_calls(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> 
     tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
     # Shorter rows only where every input has them: a token's box or codebooks come in a tensor of another shape.
     short = all(_is_ids(value) for value in tensors.values())
-    sliver = {**inputs, **{key: value[:1, :8] if short else value[:1] for key, value in tensors.items()}}
+    sliver = inputs if count_rows(inputs) is None else take_rows(inputs, slice(1))
+    if short:
+        sliver = {**sliver, **{key: sliver[key][:, :8] for key in tensors}}
     with evaluating(model), contextlib.ExitStack() as stack:
         for view in views:
             stack.enter_context(removing(view.up.register_forward_pre_hook(count(view))))

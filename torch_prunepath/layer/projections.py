@@ -61,8 +61,10 @@ def is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def is_idle(owner: nn.Module, dropout: str | None) -> bool:
+def is_idle(owner: nn.Module, dropout: str | float | None) -> bool:
     """Whether this dropout, if there is one, does nothing: a person may switch it on in a model that evaluates."""
+    if isinstance(dropout, float):
+        return not owner.training
     module = None if dropout is None else owner.get_submodule(dropout)
     return module is None or not (module.training or is_watched(module))
 

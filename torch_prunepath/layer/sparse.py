@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -278,7 +279,9 @@ class SparseFFN(RoutedExperts):
                 active_TF = expand_experts(mask_TE, self.experts.expert_size, self.ffn.ffn_size)
                 recorder.note_neurons(Neurons(h_TF, active_TF, neurons, shape[:-1]))
         y_TD = run_down(view, h_TF, mask_TE, weights_TE, self.experts.expert_size, neurons)
-        if self.ffn.output_dropout is not None:
+        if isinstance(self.ffn.output_dropout, float):
+            y_TD = nnf.dropout(y_TD, self.ffn.output_dropout, self.training)
+        elif self.ffn.output_dropout is not None:
             y_TD = self.get_submodule(self.ffn.output_dropout)(y_TD)
         return y_TD.reshape(shape)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.layer import RoutedExperts
@@ -85,13 +85,19 @@ def one_a_layer(
         if unknown:
             raise ValueError(f"no sparse layer is called {unknown[0]!r}; there are: {', '.join(layers)}")
         return {name: check(one) for name, one in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if _is_list(value):
+        value = value.tolist() if isinstance(value, Tensor) else list(value)
         if len(value) != len(layers):
             raise ValueError(
                 f"{len(value)} values of {of} for {len(layers)} sparse layers: give one a layer, or one number"
             )
         return {name: check(one) for name, one in zip(layers, value, strict=True)}
     return None
+
+
+def _is_list(value: Any) -> bool:
+    """Whether this holds several numbers, as a list or an array does; text does not."""
+    return (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or bool(getattr(value, "ndim", None))
 
 
 def norm_keepers(layer: RoutedExperts, view: FFNView) -> list[RoutedExperts | SparseDown]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch_prunepath.config import check_choice
+from torch_prunepath.config import check_choice, check_seed
 from torch_prunepath.train.schedule import Phase, hold
 
 Train = Literal["all", "routers"]
@@ -89,13 +90,20 @@ class TrainConfig:
         positive = ("steps", "epochs", "lr", "router_lr", "norm_lr", "clip", "accumulation", "fit_tokens")
         for name in (*positive, "temperature"):
             value = getattr(self, name)
+            _check_number(name, value)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be finite")
         for name in (*LOSSES, "weight_decay", "separation_eta"):
-            if not getattr(self, name) >= 0:
+            _check_number(name, getattr(self, name))
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative: 0 turns it off")
         if not self.losses:
             raise ValueError(f"every loss has weight 0: give one of {', '.join(LOSSES)} a weight")
+        check_seed(self.seed)
+        _check_number("warmup", self.warmup)
+        _check_number("control_rate", self.control_rate)
         if not 0.0 <= self.warmup <= 1.0:
             raise ValueError(f"warmup={self.warmup} is outside [0, 1]: it is a share of the steps")
         if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
@@ -131,3 +139,8 @@ class TrainConfig:
         phases = data.get("phases")
         made = {} if phases is None else {"phases": tuple(Phase(**phase) for phase in phases)}
         return cls(**{**data, **made})
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        raise ValueError(f"{name}={value!r} must be a number")

@@ -48,6 +48,8 @@ class SweepOptions:
         device: where to run (default: cuda if there is any, else cpu).
         dtype: dtype of the weights; auto is the checkpoint's own (default: auto).
         output: folder for results.json and the plot.
+        include: names or patterns of the FFNs to make sparse, such as 'layers.*.mlp' (default: all).
+        exclude: names or patterns of FFNs to leave dense, such as 'model.layers.0.*' or vision_tower.
         settings: fields of :class:`torch_prunepath.SparsifyConfig` that were given.
 
     Raises:
@@ -66,6 +68,8 @@ class SweepOptions:
     device: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     output: Path | None = option("-o", "--output", default=None, metavar="DIR")
+    include: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
+    exclude: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
     settings: Mapping[str, Any] = settings(SparsifyConfig, f"{SETTINGS}, for a dense model")
 
     def __post_init__(self) -> None:
@@ -79,6 +83,11 @@ class SweepOptions:
     def task_names(self) -> list[str]:
         """The tasks one by one."""
         return [name for task in self.tasks for name in task.split(",") if name]
+
+    @property
+    def about_experts(self) -> list[str]:
+        """Names of the options given that say how experts are made, and so belong to a dense model."""
+        return [*self.settings, *(name for name in ("include", "exclude") if getattr(self, name) is not None)]
 
     @cached_property
     def config(self) -> SparsifyConfig:

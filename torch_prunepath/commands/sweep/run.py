@@ -19,6 +19,7 @@ from torch_prunepath.console import report
 from torch_prunepath.console.errors import UserError, one_line
 from torch_prunepath.console.options import flag
 from torch_prunepath.console.output import RESULTS, is_output_of, output_folder, say, writing
+from torch_prunepath.discover import discover
 from torch_prunepath.evaluation import lm_eval as harness
 from torch_prunepath.evaluation.corpus import Corpus, load_corpus
 from torch_prunepath.evaluation.make_sparse import fit_windows, holds_sparse_layers, make_sparse, reach_sparsity
@@ -69,6 +70,7 @@ def render(results: Mapping[str, Any]) -> str:
         "",
         *report.aligned(lines),
         "",
+        *report.skipped(results["skipped"]),
         f"time        {results['seconds']:.0f} s",
     ]
     if results["output"] is not None:
@@ -86,8 +88,9 @@ class _Sweep:
         self._manager, self._tasks = _find_tasks(options)
         self._model, self._tokenizer = _load(options)
         self._headlines: dict[str, str] = {}
-        if self._sparse and options.settings:
-            flags = ", ".join(map(flag, options.settings))
+        self._skipped: list[dict[str, str]] = []
+        if self._sparse and options.about_experts:
+            flags = ", ".join(map(flag, options.about_experts))
             raise UserError(f"{options.model} is sparse already: leave out {flags}")
 
     @property
@@ -119,6 +122,7 @@ class _Sweep:
             "batch_size": options.batch_size,
             "text": {"name": self._corpus.name, "calibration_tokens": used},
             "config": asdict(self._config),
+            "skipped": self._skipped,
             "headlines": self._headlines,
         }
 
@@ -131,7 +135,9 @@ class _Sweep:
         else:
             reference = self._dense()
             say("building experts and fitting routers")
-            make_sparse(self._model, self._window_NC, self._config, front_tokens(self._tokenizer))
+            choice: dict[str, Any] = {"include": self._options.include, "exclude": self._options.exclude}
+            self._skipped = discover(self._model, **choice).report()
+            make_sparse(self._model, self._window_NC, self._config, front_tokens(self._tokenizer), **choice)
         return [reference, *map(self._at, points)]
 
     def _dense(self) -> dict[str, Any]:
@@ -164,7 +170,16 @@ class _Sweep:
     def _row(self, name: str, lm: Any) -> dict[str, Any]:
         say(f"{name}: evaluating")
         started = time.perf_counter()
-        scores = self._evaluate(lm)
+        try:
+            scores = self._evaluate(lm)
+        except IndexError as error:
+            rows, tokens = self._model.get_input_embeddings().weight.shape[0], len(self._tokenizer)
+            if tokens <= rows:
+                raise
+            raise UserError(
+                f"the tokenizer has {tokens} tokens and the model's embedding {rows}, and a task has one beyond: "
+                "use the model's own tokenizer"
+            ) from error
         self._headlines = self._headlines or headline(scores, self._tasks)
         return {"name": name, "scores": scores, "seconds": round(time.perf_counter() - started, 1)}
 

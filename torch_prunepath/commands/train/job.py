@@ -19,16 +19,18 @@ from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.commands.train import plan
 from torch_prunepath.commands.train.options import TrainOptions
 from torch_prunepath.commands.train.source import Source, train_windows
-from torch_prunepath.commands.train.unfinished import Kept, Unfinished
+from torch_prunepath.commands.train.unfinished import Kept, Unfinished, undamaged
 from torch_prunepath.console import report
 from torch_prunepath.console.errors import UserError, as_user_error, one_line
 from torch_prunepath.console.options import flag
 from torch_prunepath.console.output import check_room, output_folder, writing
 from torch_prunepath.conversion import sparsify
+from torch_prunepath.discover import discover
 from torch_prunepath.evaluation.corpus import TEST_WINDOWS, windows
 from torch_prunepath.evaluation.make_sparse import reach_sparsity, search_windows
 from torch_prunepath.evaluation.models import load_model, longest_context
 from torch_prunepath.evaluation.perplexity import perplexity
+from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch, front_tokens
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.saving import describe
@@ -83,14 +85,21 @@ class _Session:
     def __init__(self, options: TrainOptions, text: str, saved: Path | None) -> None:
         self.options, self.saved = options, saved
         self.record: SparsityRecord | None = None  # of what was measured last
-        self.model, self.tokenizer = load_model(options.model if saved is None else str(saved / "model"))
+        if saved is None:
+            self.model, self.tokenizer = load_model(options.model)
+        else:
+            with undamaged(saved):
+                self.model, self.tokenizer = load_model(str(saved / "model"))
         self.sparse = any(isinstance(module, RoutedExperts) for module in self.model.modules())
-        if self.sparse and saved is None and options.settings:
-            given = flag(next(iter(options.settings)))
+        if self.sparse and saved is None and options.about_experts:
+            given = flag(options.about_experts[0])
             raise UserError(f"{options.model} is sparse already: leave {given} out, or start from the dense model")
         context = min(options.context, longest_context(self.model))
         self.window_NC = train_windows(text, self.tokenizer, context)
+        check_ids(self.window_NC, self.model, self.tokenizer, "the text")
         self.eval_NC = self._eval_windows(context)
+        if self.eval_NC is not None:
+            check_ids(self.eval_NC, self.model, self.tokenizer, "the text of --eval-text")
         self.front = front_tokens(self.tokenizer)
         self.batches = Batches(self.window_NC, options.batch, options.seed, self.front)
         distil = plan.distillation(options, dense=not self.sparse or options.teacher is not None)
@@ -121,7 +130,8 @@ class _Session:
             return teacher.to(plan.device_of(options))
 
     def _restore(self, saved: Path) -> None:
-        kept = Kept.of(saved)
+        with undamaged(saved):
+            kept = Kept.of(saved)
         if kept.data != self.kept.data:
             raise UserError(
                 "the unfinished run had other data (text, --context, --batch or --seed): give the same, or start anew"
@@ -157,6 +167,7 @@ class _Session:
             "teacher": (options.teacher or options.model) if self.kept.distil else None,
             "config": self.config.to_dict(),
             "experts": asdict(made),
+            "skipped": self.kept.skipped,
             "data": {
                 "name": plan.source_of(options).name,
                 "context": self.window_NC.shape[1],
@@ -177,7 +188,9 @@ class _Session:
         """Train, from the saved state if there is one."""
         steps, state = steps_of(self.config, self.batches), TrainState(self.model, self.config)
         if self.saved is not None:
-            state.load_state_dict(torch.load(self.saved / "state.pt", map_location="cpu", weights_only=True))
+            with undamaged(self.saved):
+                held = torch.load(self.saved / "state.pt", map_location="cpu", weights_only=True)
+            state.load_state_dict(held)
 
         def note(state: TrainState, record: Record) -> None:
             self.kept.history.append(record)
@@ -201,7 +214,9 @@ class _Session:
             rows = max(1, config.calibration_tokens // self.window_NC.shape[1])
             some_N = torch.linspace(0, len(self.window_NC) - 1, min(rows, len(self.window_NC))).round().long()
             data = as_batch(self.window_NC[some_N].to(self.model.device), self.front)
-        sparsify(self.model, config=config, calibration=data)
+        choice: dict[str, Any] = {"include": self.options.include, "exclude": self.options.exclude}
+        self.kept.skipped = discover(self.model, **choice).report()
+        sparsify(self.model, config=config, calibration=data, **choice)
 
     def _measured(self, when: str) -> list[dict[str, Any]]:
         """With every expert, then at the target, where tau stays."""
@@ -262,4 +277,5 @@ def render(results: Mapping[str, Any]) -> str:
         ]
         lines += ["", *report.aligned([head, *cells]), ""]
     lines += [f"tau         {results['tau']:.6g}", f"checkpoint  {results['output']}"]
+    lines += report.skipped(results["skipped"])
     return "\n".join(lines)

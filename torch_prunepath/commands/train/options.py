@@ -49,6 +49,8 @@ class TrainOptions:
         checkpointing: less memory, more time.
         device: where to run (default: cuda if there is any, else cpu).
         seed: seed of everything random (default: 0).
+        include: names or patterns of the FFNs to make sparse, such as 'layers.*.mlp' (default: all).
+        exclude: names or patterns of FFNs to leave dense, such as 'model.layers.0.*' or vision_tower.
         settings: fields of :class:`torch_prunepath.SparsifyConfig` in place of the recipe's own.
 
     Raises:
@@ -86,9 +88,16 @@ class TrainOptions:
     checkpointing: bool = option(default=False, group="training")
     device: str | None = option(default=None, group="training")
     seed: int = option(default=0, group="training")
+    include: Sequence[str] | None = option(default=None, group="training", action="extend", metavar="PATTERN")
+    exclude: Sequence[str] | None = option(default=None, group="training", action="extend", metavar="PATTERN")
     settings: Mapping[str, Any] = settings(
         SparsifyConfig, f"{SETTINGS}, in place of the recipe's", leave_out=["seed"], defaults=False
     )
+
+    @property
+    def about_experts(self) -> list[str]:
+        """Names of the options given that say how experts are made, and so belong to a dense model."""
+        return [*self.settings, *(name for name in ("include", "exclude") if getattr(self, name) is not None)]
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.target_sparsity < 1.0:

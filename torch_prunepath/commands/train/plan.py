@@ -141,4 +141,5 @@ def _parse(field: str) -> tuple[str, Any]:
     try:
         return name.replace("-", "_"), ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return name.replace("-", "_"), value
+        spoken = value.strip().lstrip("+-").lower() in ("nan", "inf", "infinity")
+        return name.replace("-", "_"), float(value) if spoken else value

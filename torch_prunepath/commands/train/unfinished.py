@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torch_prunepath.console.errors import UserError
-from torch_prunepath.console.output import output_folder, writing
+from torch_prunepath.console.errors import UserError, one_line
+from torch_prunepath.console.output import output_folder, remove_leftovers, writing
 from torch_prunepath.train.state import Record, TrainState
 
 
@@ -25,6 +27,7 @@ class Kept:
         distil: weight of the distillation.
         rows: what was measured before training.
         history: records of the steps so far.
+        skipped: FFNs that were not made sparse, and why.
     """
 
     data: str
@@ -32,12 +35,28 @@ class Kept:
     distil: float
     rows: list[dict[str, Any]]
     history: list[Record]
+    skipped: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path) -> Kept:
         """What a saved state's folder holds; what only earlier versions kept is left out."""
         held = json.loads((folder / "session.json").read_text(encoding="utf-8"))
-        return cls(**{field.name: held[field.name] for field in fields(cls)})
+        return cls(**{each.name: held[each.name] for each in fields(cls) if each.name in held})
+
+
+@contextmanager
+def undamaged(saved: Path) -> Iterator[None]:
+    """Say of a saved state that cannot be read that it is damaged.
+
+    Raises:
+        UserError: in place of whatever was raised.
+    """
+    try:
+        yield
+    except Exception as error:  # of any type: a damaged file fails where its reader stumbles
+        raise UserError(
+            f"the unfinished run in {saved.parent} is damaged ({one_line(error)}): remove it, and start anew"
+        ) from error
 
 
 class Unfinished:
@@ -54,12 +73,15 @@ class Unfinished:
         """
         if resume and self.latest() is None:
             raise UserError(f"there is no unfinished run in {self.folder}: leave --resume out")
-        if not resume and self.folder.exists():
+        if self.folder.is_dir():
+            remove_leftovers(self.folder / "step-*")
+        if not resume and self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise UserError(f"{self.folder} holds an unfinished run: go on with --resume, or remove it")
 
     def latest(self) -> Path | None:
         """The folder of the latest state."""
-        steps = {int(path.name.removeprefix("step-")): path for path in self.folder.glob("step-*")}
+        folders = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        steps = {int(path.name.removeprefix("step-")): path for path in folders}
         return steps[max(steps)] if steps else None
 
     def save(self, model: Any, tokenizer: Any, kept: Kept, state: TrainState) -> None:
