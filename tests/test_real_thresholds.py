@@ -39,15 +39,15 @@ def masked_by_hooks(sparse: nn.Module) -> tuple[nn.Module, dict[str, list[Tensor
 
     def hook_into(name: str, mlp: Any) -> None:
         theta_x, theta_h = thetas[name]
-        column_D = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach().double().norm(dim=0)
-        row_F = mlp.down_proj.weight.detach().double().norm(dim=0)
+        column_D = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach().norm(dim=0).float()
+        row_F = mlp.down_proj.weight.detach().norm(dim=0).float()
 
         def inputs(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (args[0] * (args[0].double().abs() * column_D >= theta_x),)
+            return (args[0] * (args[0].float().abs() * column_D >= theta_x),)
 
         def neurons(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             active = masks[name].pop(0).repeat_interleave(size, 1)[:, : args[0].shape[-1]]
-            return (args[0] * (args[0].double().abs() * row_F >= theta_h) * active.view(args[0].shape),)
+            return (args[0] * (args[0].float().abs() * row_F >= theta_h) * active.view(args[0].shape),)
 
         mlp.gate_proj.register_forward_pre_hook(inputs)
         mlp.up_proj.register_forward_pre_hook(inputs)
@@ -61,17 +61,19 @@ def masked_by_hooks(sparse: nn.Module) -> tuple[nn.Module, dict[str, list[Tensor
 def test_perplexity_is_that_of_hooks_on_the_dense_model() -> None:
     model, tokenizer = load_gguf(fetch(SMOLLM2, cache_folder()))
     corpus = help_topics()
-    fit = windows(corpus.calibration, tokenizer, context=256, count=16, part="text for calibration")
-    test = windows(corpus.held_out, tokenizer, context=256, count=2, part="held-out text")
+    fit = windows(corpus.calibration, tokenizer, context=256, count=4, part="text for calibration")
+    test = windows(corpus.held_out, tokenizer, context=128, count=2, part="held-out text")
     dense = perplexity(model, test)
     sparsify(model, tau=0.9, config=SparsifyConfig(expert_size=64), calibration=fit, progress=False)
     routed = perplexity(model, test)
     set_threshold_shares(model, fit, inputs=0.35, neurons=0.5, progress=False)
+    # In float64: what rounding leaves out or not in one layer moves many more over their thresholds in the next ones.
+    model.double()
     masked, masks = masked_by_hooks(model)
     with record_sparsity(model) as record, register_routing_hook(model, lambda r: see(masks, r)):
         found = perplexity(model, test)
     assert found == pytest.approx(perplexity(model, test), rel=1e-4), "the same at once and in parts"
-    assert found == pytest.approx(perplexity(masked, test), rel=1e-3)
+    assert found == pytest.approx(perplexity(masked, test), rel=1e-4)
     assert not any(masks.values()), "every mask was used"
     assert dense < routed < found
     shares = record.shares

@@ -96,10 +96,8 @@ def one_a_layer(
 
 
 def _is_list(value: Any) -> bool:
-    """Whether something holds one value a layer: a sequence, or an array with a dimension, but no text."""
-    if isinstance(value, str | bytes):
-        return False
-    return isinstance(value, Sequence) or bool(getattr(value, "ndim", None))
+    """Whether this holds several numbers, as a list or an array does; text does not."""
+    return (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or bool(getattr(value, "ndim", None))
 
 
 def norm_keepers(layer: RoutedExperts, view: FFNView) -> list[RoutedExperts | SparseDown]:
