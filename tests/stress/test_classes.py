@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import time
 
 import pytest
 import torch
@@ -100,6 +101,27 @@ def test_a_crash_is_a_line_of_the_table(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert len(read(file)) == 1
     assert "| MODEL | 0 | 0 | 0 | 1 |" in capsys.readouterr().out
     assert "| all | 1 | 0 | 0 | 0 |" in table([Result("MODEL", "a", "A", "right", "")])
+
+
+def _compute(entry: object) -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("limit", "check", "detail"),
+    [
+        ("SECONDS", _compute, "more than 1 s of processor time"),
+        ("WALL_SECONDS", lambda entry: time.sleep(60), "more than 1 s by the clock"),
+    ],
+)
+def test_a_class_that_takes_too_long_is_not_built(limit, check, detail, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from tests.stress import classes
+
+    monkeypatch.setattr(classes, "check", check)
+    monkeypatch.setattr(classes, limit, 1)
+    result = check_apart(entry_of("LlamaModel"))
+    assert (result.outcome, result.detail) == ("not built", detail)
 
 
 def test_models_that_draw_noise_are_compared_with_the_same_noise() -> None:
