@@ -195,7 +195,8 @@ def _layer_paths(
 ) -> dict[str, list[Point]]:
     paths: dict[str, list[Point]] = {}
     every = list(views.values())
-    fisher = fisher_information(model, every, inputs, progress=progress)
+    with eagerly():
+        fisher = fisher_information(model, every, inputs, progress=progress)
     with progress_bar(total=len(every), desc="weighing bytes", unit="layer", progress=progress) as bar:
 
         def visit(view: FFNView, x_ND: Tensor) -> None:

@@ -220,6 +220,8 @@ def shared_out(paths: Mapping[str, Sequence[Point]], sizes: Mapping[str, float],
     least = read({name: len(path) - 1 for name, path in paths.items()})
     if target < least:
         raise ValueError(f"{target:.3g} of the bytes is out of reach: {least:.3g} is the least that layers can read")
+    if not prices:
+        return {name: path[0].setting for name, path in paths.items()}
     # The prices of two neighbouring states, of which one reads more than the target and the other one less.
     low, high = 0, len(prices)
     while low < high:

@@ -55,7 +55,7 @@ def is_subclass(weight: object) -> bool:
     Raises:
         ValueError: if it is shared out over ranks and not gathered: a layer would take its part for the whole.
     """
-    if type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight):
+    if type(weight) is nn.Parameter or weight is None or not is_traceable_wrapper_subclass(weight):
         return False
     if is_shard(weight):
         raise ValueError(

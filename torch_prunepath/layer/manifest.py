@@ -7,16 +7,32 @@ A reader that does not know the method skips it and loads the dense model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch_prunepath.config import FORMAT_VERSION, FFNSpec, SparsifyConfig, check_tau, check_threshold, num_experts
 from torch_prunepath.layer import ExpertsSpec
+from torch_prunepath.layer.sparse import Knot
 
 METHOD = "prunepath"
 KNOBS = ("tau", "theta_x", "theta_h")
 """What may be set on a layer at any time."""
+
+
+def check_path(path: Sequence[Knot]) -> None:
+    """Check what a layer is set to at each place of a path.
+
+    Raises:
+        ValueError: if there are fewer than two places, bytes do not fall, or a setting is out of range.
+    """
+    if len(path) < 2 or any(b.bytes >= a.bytes for a, b in itertools.pairwise(path)) or not path[-1].bytes > 0:
+        raise ValueError("a path needs two or more places, with fewer bytes at each than at the one before")
+    for knot in path:
+        check_tau(knot.tau)
+        check_threshold(knot.theta_x)
+        check_threshold(knot.theta_h)
 
 
 @dataclass(frozen=True)
@@ -24,7 +40,8 @@ class LayerManifest:
     """One sparse layer: where it is, how it routes, its tau and budget, whether its router has bias and norm.
 
     ``theta_x`` and ``theta_h`` are its thresholds on inputs and on neurons, left out of files where they are 0.
-    ``made_with`` is the configuration that made it, or None where that is the manifest's.
+    ``made_with`` is the configuration that made it, or None where that is the manifest's; ``path`` is what
+    :func:`torch_prunepath.set_budget` measured, or None.
     """
 
     ffn: FFNSpec
@@ -36,11 +53,14 @@ class LayerManifest:
     made_with: SparsifyConfig | None = None
     theta_x: float = 0.0
     theta_h: float = 0.0
+    path: tuple[Knot, ...] | None = None
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
         check_threshold(self.theta_x)
         check_threshold(self.theta_h)
+        if self.path is not None:
+            check_path(self.path)
         if not self.budget > 0:
             raise ValueError(f"{self.ffn.name}: budget={self.budget} must be positive")
         if self.experts.expert_size < 1:
@@ -61,8 +81,11 @@ class Manifest:
         """JSON-ready."""
         whole = dataclasses.asdict(self)
         for layer in whole["layers"]:
-            if layer["made_with"] is None:
-                del layer["made_with"]
+            path = layer["path"]
+            layer["path"] = path and {name: [knot[i] for knot in path] for i, name in enumerate(Knot._fields)}
+            for optional in ("made_with", "path"):
+                if layer[optional] is None:
+                    del layer[optional]
             for theta in ("theta_x", "theta_h"):
                 if layer[theta] == 0.0:
                     del layer[theta]
@@ -139,5 +162,12 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 
 def _layer(data: Mapping[str, Any]) -> LayerManifest:
     made_with = SparsifyConfig(**data["made_with"]) if "made_with" in data else None
-    parts = {"ffn": FFNSpec(**data["ffn"]), "experts": ExpertsSpec(**data["experts"]), "made_with": made_with}
+    columns = data.get("path")
+    path = None
+    if columns is not None:
+        path = tuple(map(Knot, *(columns[name] for name in Knot._fields)))
+        if {len(column) for column in columns.values()} != {len(path)}:
+            raise ValueError("a path has columns of different lengths")
+    parts: dict[str, Any] = {"ffn": FFNSpec(**data["ffn"]), "experts": ExpertsSpec(**data["experts"])}
+    parts |= {"made_with": made_with, "path": path}
     return LayerManifest(**{**data, **parts})

@@ -24,15 +24,13 @@ def is_plain(view: FFNView, *modules: nn.Module | None) -> bool:
         ValueError: if a weight is shared out over ranks.
     """
     known: tuple[type, ...] = view.owner.projection_types  # type: ignore[assignment]
-    return all(
-        module is None
-        or (
-            not is_subclass(getattr(module, "weight", None))  # first, to refuse a shard whatever else there is
-            and any(type(module) is kind for kind in known)
-            and not is_watched(module)
-        )
-        for module in modules
-    )
+    for module in modules:
+        # Its own weight first, to refuse a shard whatever else there is. Sparse layers ask in every call.
+        if module is not None and (
+            is_subclass(module._parameters.get("weight")) or type(module) not in known or is_watched(module)
+        ):
+            return False
+    return True
 
 
 def check_whole(*modules: nn.Module | None) -> None:

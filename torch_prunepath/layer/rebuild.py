@@ -80,8 +80,8 @@ def build(model: nn.Module, places: list[Place], config: SparsifyConfig) -> None
         router.router_norm = layer.router_norm
         with torch.device(weight.device):
             order_F = torch.arange(ffn.ffn_size)
-        made_with = layer.made_with or config
-        swaps.append(Swap(view, layer.experts, router.to(weight.device), order_F, layer.tau, layer.budget, made_with))
+        rest = (layer.tau, layer.budget, layer.made_with or config, layer.path)
+        swaps.append(Swap(view, layer.experts, router.to(weight.device), order_F, *rest))
     make_all_routed(swaps)
 
 

@@ -52,6 +52,7 @@ def _describe(name: str, layer: RoutedExperts, config: SparsifyConfig) -> LayerM
         None if layer.made_with == config else layer.made_with,
         float(layer.theta_x),
         float(layer.theta_h),
+        layer.path,
     )
 
 

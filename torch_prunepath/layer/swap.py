@@ -18,7 +18,7 @@ from torch_prunepath.layer.ffn import FFNView, weight_out_in
 from torch_prunepath.layer.handoff import Handoff
 from torch_prunepath.layer.norms import forget_norms
 from torch_prunepath.layer.router import Router
-from torch_prunepath.layer.sparse import SparseDown, SparseUp, bases_of, sparse_class
+from torch_prunepath.layer.sparse import Knot, SparseDown, SparseUp, bases_of, sparse_class
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Swap:
         tau: in (0, 1].
         budget: how much of the model's tau this layer takes part in; see :func:`torch_prunepath.sparsity.layer_tau`.
         made_with: the configuration that experts and router were made with.
+        path: what :func:`torch_prunepath.set_budget` measured, if it did.
     """
 
     view: FFNView
@@ -42,6 +43,7 @@ class Swap:
     tau: float
     budget: float
     made_with: SparsifyConfig
+    path: tuple[Knot, ...] | None = None
 
 
 def make_routed(swap: Swap) -> RoutedExperts:
@@ -52,7 +54,7 @@ def make_routed(swap: Swap) -> RoutedExperts:
     site.__class__ = sparse_class(type(site), SparseUp if spec.split else SparseFFN)  # type: ignore[arg-type]
     assert isinstance(site, RoutedExperts)
     site.ffn, site.experts, site.budget, site.made_with = spec, experts, swap.budget, swap.made_with
-    site.routing_hooks = OrderedDict()
+    site.path, site.routing_hooks = swap.path, OrderedDict()
     site.router = swap.router
     site.register_buffer("tau", torch.tensor(swap.tau, dtype=torch.float32, device=device), persistent=False)
     for theta in ("theta_x", "theta_h"):
