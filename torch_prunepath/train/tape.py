@@ -81,9 +81,9 @@ class LayerRecorder:
             call.x_TD = None
         self.calls.append(call)
 
-    def note_output(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """A forward hook: the layer, or the second half of one that is split, has an answer."""
-        if self.running:
+    def note_output(self, module: nn.Module, args: Any, output: Tensor | None) -> None:
+        """A forward hook: the layer, or the second half of one that is split, has an answer, or None after an error."""
+        if self.running and output is not None:
             self.calls[-1].y_TD = output.reshape(-1, output.shape[-1])
 
 
