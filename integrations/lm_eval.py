@@ -7,6 +7,7 @@ Shapes: B rows, T tokens of one call.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_prunepath.budget import set_budget
 from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.discover import discover
@@ -26,16 +28,21 @@ from torch_prunepath.evaluation.lm_eval import NOT_INSTALLED, register
 from torch_prunepath.evaluation.make_sparse import (
     Asked,
     fit_windows,
+    holds_path,
     holds_sparse_layers,
+    in_force,
     make_sparse,
     model_tau,
+    reach_bytes,
     reach_sparsity,
 )
 from torch_prunepath.evaluation.models import refuse_file
 from torch_prunepath.inputs.front import front_tokens
 from torch_prunepath.layer import RoutedExperts, Routing
 from torch_prunepath.layer.manifest import METHOD
-from torch_prunepath.layer.views import sparse_layers
+from torch_prunepath.layer.sparse import Neurons
+from torch_prunepath.layer.views import recording_neurons, sparse_layers, sparse_views
+from torch_prunepath.shares import counted_neurons
 from torch_prunepath.sparsity import Noted, SparsityRecord, set_tau
 
 try:
@@ -55,18 +62,21 @@ ADAPTER = "adapter_config.json"
 class PrunePathLM(HFLM):  # type: ignore[misc]
     """lm-eval's ``hf`` model with sparse feed-forward networks; reports the sparsity over the tokens it evaluated.
 
-    A sparse checkpoint is taken as it is, ``tau`` or ``sparsity`` set anew if given. A dense one is made sparse first,
-    its adapter, if any, merged before. Nothing is trained or saved.
+    A sparse checkpoint is taken as it is, ``tau``, ``sparsity`` or ``bytes`` set anew if given. A dense one is made
+    sparse first, its adapter, if any, merged before. Nothing is trained or saved.
 
     Args:
         pretrained: a name, a folder, or a model, dense or sparse.
         tau: threshold in (0, 1].
         sparsity: in place of ``tau``: the sparsity in [0, 1) to reach on the calibration text.
+        bytes: in place of both: the share of the FFNs' bytes in (0, 1] that a token reads, by tau and thresholds of
+            each layer; see :func:`torch_prunepath.set_budget`. A sparse checkpoint that holds a path goes along it,
+            unless there is a ``calibration_text``.
         calibration_text: a UTF-8 file to calibrate on; None for Python's help topics.
         backend: a backend of ``torch.compile`` for the model's forward, such as ``"prunepath"``; or, as in lm-eval,
             the kind of model: ``"default"``, ``"causal"`` or ``"seq2seq"``, which compiles nothing.
-        measure: count inactive neurons. It keeps each layer's steps apart; without it sparse layers run as one
-            operator, and no sparsity is reported.
+        measure: count inactive neurons and bytes read. It keeps each layer's steps apart; without it sparse layers run
+            as one operator, and neither is reported.
         **options: fields of :class:`torch_prunepath.SparsifyConfig`, ``include`` and ``exclude`` (names or patterns of
             FFNs; a semicolon separates several), for making a dense model sparse; and everything that lm-eval's ``hf``
             model takes.
@@ -86,9 +96,10 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         calibration_text: str | None = None,
         backend: str = "default",
         measure: bool = True,
+        bytes: float | None = None,
         **options: Any,
     ) -> None:
-        self._ask = Asked.of(tau, sparsity, calibration_text, options)
+        self._ask = Asked.of(tau, sparsity, bytes, calibration_text, options)
         compiler = _compiler(backend)
         self._skipped: list[dict[str, str]] = []
         self._adapter = options.get("peft")
@@ -100,11 +111,16 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=pretrained, backend="default" if compiler else backend, **options)
         with as_user_error(ValueError, TypeError):
             self._calibration_tokens = self._make_as_asked(options.get("gguf_file") is not None)
-        self._record = SparsityRecord() if measure else None
+        self._record = self._new_record() if measure else None
         self._noted: list[Noted] = []
+        self._counted: dict[str, list[Tensor]] = {}
+        self._watching = contextlib.ExitStack()  # as long as the model is here
         if measure:
+            views = sparse_views(self._model)
             for name, layer in sparse_layers(self._model).items():
+                self._counted[name] = []
                 layer.register_routing_hook(functools.partial(self._note, name, layer))
+                self._watching.enter_context(recording_neurons(layer, views[name], _NeuronNotes(self._counted[name])))
         self._scored: _Scored | None = None
         self._tokens = 0
         self._compiler = compiler
@@ -131,10 +147,11 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         if sparse and self._ask.about_experts:
             names = ", ".join(self._ask.about_experts)
             raise UserError(f"the model is sparse already, its experts made: leave out {names}")
-        if sparse and self._ask.text is not None and self._ask.sparsity is None:
-            raise UserError("the model is sparse already: calibration_text is only for sparsity=")
-        if not sparse and self._ask.tau is None and self._ask.sparsity is None:
-            raise UserError("the model is dense: give tau= or sparsity= to make it sparse, or use --model hf")
+        searches = self._ask.sparsity is not None or self._ask.bytes is not None
+        if sparse and self._ask.text is not None and not searches:
+            raise UserError("the model is sparse already: calibration_text is only for sparsity= and bytes=")
+        if not sparse and self._ask.tau is None and not searches:
+            raise UserError("the model is dense: give tau=, sparsity= or bytes= to make it sparse, or use --model hf")
 
     def _make_as_asked(self, from_gguf: bool) -> int:
         """Bring the loaded model to what was asked; return how many tokens that took."""
@@ -145,7 +162,8 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
             self._merge_adapter()
             if from_gguf and hasattr(self._model.config, "quantization_config"):
                 del self._model.config.quantization_config  # transformers' mark on a model that it dequantised
-        if not sparse or ask.sparsity is not None:
+        along = ask.bytes is not None and sparse and ask.text is None and holds_path(self._model)
+        if not sparse or ask.sparsity is not None or (ask.bytes is not None and not along):
             config = SparsifyConfig(**ask.settings)
             window_NC = fit_windows(load_corpus(ask.text), self._model, self.tokenizer, config.calibration_tokens)
             tokens, front = window_NC.numel(), front_tokens(self.tokenizer)
@@ -154,6 +172,10 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
                 make_sparse(self._model, window_NC, config, front, include=ask.include, exclude=ask.exclude)
             if ask.sparsity is not None:
                 reach_sparsity(self._model, ask.sparsity, window_NC, front)
+            if ask.bytes is not None:
+                reach_bytes(self._model, ask.bytes, window_NC, front)
+        if along and ask.bytes is not None:
+            set_budget(self._model, ask.bytes)
         if ask.tau is not None:
             set_tau(self._model, ask.tau)
         return tokens
@@ -168,22 +190,41 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
     def reset_sparsity(self) -> None:
         """Forget what was counted, as between two evaluations with one model."""
         self._tokens = 0
-        self._noted.clear()
+        self._drop()
         if self._record is not None:
-            self._record = SparsityRecord()
+            self._record = self._new_record()
+
+    def _new_record(self) -> SparsityRecord:
+        record, views = SparsityRecord(), sparse_views(self._model)
+        for name, layer in sparse_layers(self._model).items():
+            record.share_tally(name, layer, views[name])
+        return record
 
     def _note(self, name: str, layer: RoutedExperts, routing: Routing) -> None:
-        self._noted.append(Noted.of(name, layer, routing.mask_TE))
+        self._noted.append(Noted.of(name, layer, routing.mask_TE, routing.x_TD))
 
     def _take(self) -> list[Noted]:
         """What was noted since the last time, in the order of the calls."""
-        noted, self._noted[:] = list(self._noted), []
+        counted = {name: iter(list(values)) for name, values in self._counted.items()}
+        noted = [
+            call
+            if call.reads is None or call.reads.counted_T is not None
+            else call.with_counted(next(counted[call.name]))
+            for call in self._noted
+        ]
+        self._drop()
         return noted
+
+    def _drop(self) -> None:
+        """Forget what was noted, also of a call that came to no end."""
+        self._noted.clear()
+        for counted in self._counted.values():
+            counted.clear()
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if self._record is None:
             return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
-        self._take()  # of a batch that nobody scored: lm-eval was looking for the largest that fits
+        self._drop()  # of a batch that nobody scored: lm-eval was looking for the largest that fits
         logits: Tensor = super()._model_call(inps, attn_mask=attn_mask, labels=labels)
         self._scored = _Scored(self._take(), attn_mask, rows=inps.shape[0], lengths=[])
         return logits
@@ -213,7 +254,7 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         if self._record is None:
             return super()._model_generate(context, max_length, stop, **options)
-        self._take()
+        self._drop()
         ids: Tensor = super()._model_generate(context, max_length, stop, **options)
         start = context.shape[1] if self.backend == "causal" else 1
         lengths = [self._written(row, stop) for row in ids[:, start:].tolist()]
@@ -265,28 +306,46 @@ class PrunePathLM(HFLM):  # type: ignore[misc]
         found = self.sparsity_info()
         if found["sparsity"] is not None:
             text = f"{found['sparsity']:.1%} of the FFN neurons were inactive, over {found['tokens']} tokens"
+            text += f", and {found['bytes']:.1%} of the FFN bytes were read"
             logger.info("%s (tau %s)", text, "differs by layer" if found["tau"] is None else found["tau"])
         return {**super().get_model_info(), "prunepath": found}
 
     def sparsity_info(self) -> dict[str, Any]:
         """What ran, ready for JSON.
 
-        ``tau`` is None where layers have values of their own; ``sparsity`` is None where nothing was measured.
+        ``tau`` is None where layers have values of their own; ``sparsity`` and ``bytes`` are None where nothing was
+        measured.
         ``tokens`` counts those that the model read, without padding.
         """
         record = self._record
+        measured = record is not None and record.tokens > 0
+        shares = record.shares_per_layer if record is not None else {}
         return {
             "tau": model_tau(self._model),
-            "sparsity": None if record is None or not record.tokens else record.sparsity,
+            "sparsity": record.sparsity if record is not None and measured else None,
+            "bytes": record.shares.bytes if record is not None and measured else None,
             "tokens": None if record is None else self._tokens,
-            "tau_per_layer": {name: float(layer.tau) for name, layer in sparse_layers(self._model).items()},
+            **in_force(self._model),
             "sparsity_per_layer": {} if record is None else record.per_layer,
+            "bytes_per_layer": {name: share.bytes for name, share in shares.items()},
             "target_sparsity": self._ask.sparsity,
+            "target_bytes": self._ask.bytes,
             "settings": self._ask.settings,
             "skipped": self._skipped,
             "calibration_tokens": self._calibration_tokens,
             "compile_backend": self._compiler,
         }
+
+
+class _NeuronNotes:
+    """A recorder of :func:`torch_prunepath.layer.views.recording_neurons` that counts, call by call."""
+
+    def __init__(self, counted: list[Tensor]) -> None:
+        self._counted = counted
+
+    def note_neurons(self, neurons: Neurons) -> None:
+        """Keep how many neurons counted for each token."""
+        self._counted.append(counted_neurons(neurons))
 
 
 @dataclasses.dataclass

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_prunepath.config import check_tau
+from torch_prunepath.config import check_bytes, check_tau
 from torch_prunepath.experts.budget import fisher_information
 from torch_prunepath.experts.path import LayerCosts, Point, Setting, layer_path, shared_out
 from torch_prunepath.inputs.data import Inputs, as_inputs, evaluating, rows_together
@@ -96,17 +95,6 @@ def set_budget(
         _write(layers[name], views[name], Setting(knot.tau, knot.theta_x, knot.theta_h))
     refresh(model)
     return next(iter(found.values())).bytes
-
-
-def check_bytes(value: Any) -> float:
-    """Return a share of bytes as a float.
-
-    Raises:
-        ValueError: if it is no number in (0, 1].
-    """
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
-        raise ValueError(f"bytes={value!r} is outside (0, 1]: 1 reads every weight, 0.5 half of the FFNs' bytes")
-    return float(value)
 
 
 def stored_path(layers: Mapping[str, RoutedExperts]) -> dict[str, tuple[Knot, ...]]:

@@ -51,8 +51,7 @@ def model_card(
         f"{len(layers)} feed-forward networks with {neurons} neurons, grouped into experts; a router chooses each "
         f"token's. Made with torch-prunepath{f' from `{base_model}`' if base_model else ''}. Without that package this "
         "loads as the dense model.",
-        "```python\nimport torch_prunepath\n\nmodel = torch_prunepath.load(directory)\n"
-        "torch_prunepath.set_tau(model, 0.8)  # 1 is dense, less is sparser\n```",
+        "```python\nimport torch_prunepath\n\nmodel = torch_prunepath.load(directory)\n" + _knob(model) + "\n```",
         *(["## Measured", _table(("", "value"), list(results.items()))] if results else []),
         "## Sparsity",
         _layer_table(model, record),
@@ -81,18 +80,28 @@ def _metadata(base_model: str | None) -> str:
     return "\n".join(["---", "library_name: transformers", *base, "tags:", "- prunepath", "- sparse", "---"])
 
 
+def _knob(model: nn.Module) -> str:
+    if all(layer.path for layer in sparse_layers(model).values()):
+        return "torch_prunepath.set_budget(model, 0.7)  # share of the FFNs' bytes that a token reads; 1 is dense"
+    return "torch_prunepath.set_tau(model, 0.8)  # 1 is dense, less is sparser"
+
+
 def _layer_table(model: nn.Module, record: SparsityRecord | None) -> str:
     found = {} if record is None else record.per_layer
-    head = ("layer", "neurons", "experts", "tau", *(("sparsity",) if found else ()))
+    layers = sparse_layers(model)
+    thresholds = any(float(layer.theta_x) or float(layer.theta_h) for layer in layers.values())
+    more = (*(("threshold on inputs", "threshold on neurons") if thresholds else ()), *(("sparsity",) if found else ()))
+    head = ("layer", "neurons", "experts", "tau", *more)
     rows = [
         (
             f"`{name or type(model).__name__}`",
             layer.ffn.ffn_size,
             _experts(layer),
             f"{float(layer.tau):.6g}",
+            *((f"{float(layer.theta_x):.6g}", f"{float(layer.theta_h):.6g}") if thresholds else ()),
             *((f"{found[layer.name]:.1%}" if layer.name in found else "not run",) if found else ()),
         )
-        for name, layer in sparse_layers(model).items()
+        for name, layer in layers.items()
     ]
     return _table(head, rows)
 

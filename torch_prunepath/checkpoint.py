@@ -73,7 +73,9 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
-    """Read what a checkpoint directory holds: the config, and each layer's FFN, experts, tau and budget; JSON-ready.
+    """Read what a checkpoint directory holds: the config, and each layer's FFN, experts, tau, thresholds and budget.
+
+    All of it is ready for JSON.
 
     Raises:
         ValueError: if the directory is no sparse checkpoint, is damaged, or has a newer format.
@@ -94,6 +96,8 @@ def read_info(directory: str | Path) -> dict[str, Any]:
             "rule": layer.experts.rule,
             "gate": layer.experts.gate,
             "tau": layer.tau,
+            "theta_x": layer.theta_x,
+            "theta_h": layer.theta_h,
             "budget": layer.budget,
         }
         for layer in manifest.layers

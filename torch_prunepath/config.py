@@ -73,6 +73,17 @@ LARGEST_THRESHOLD = (2 - 2**-23) * 2.0**127
 """The largest float32 number: layers keep their thresholds in float32."""
 
 
+def check_bytes(value: Any, name: str = "bytes") -> float:
+    """Return a share of the bytes of all FFNs, such as a budget, as a float.
+
+    Raises:
+        ValueError: if it is no number in (0, 1].
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
+        raise ValueError(f"{name}={value!r} is outside (0, 1]: 1 reads every weight, 0.5 half of the FFNs' bytes")
+    return float(value)
+
+
 def check_threshold(value: Any) -> float:
     """Return a threshold as a float.
 

@@ -15,7 +15,6 @@ from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.sparse import Neurons
 from torch_prunepath.select import uncounted
-from torch_prunepath.weights import Threshold
 
 
 class Shares(NamedTuple):
@@ -34,6 +33,37 @@ class Shares(NamedTuple):
     inputs: float
     neurons: float
     bytes: float
+
+
+class Reads(NamedTuple):
+    """What one call reads of a layer, token by token: int64 ``[T]`` each.
+
+    Attributes:
+        experts_T: active experts.
+        inputs_T: inputs that count.
+        active_T: neurons of active experts.
+        counted_T: those of them that count; None where a threshold on neurons is still to be compared with.
+    """
+
+    experts_T: Tensor
+    inputs_T: Tensor
+    active_T: Tensor
+    counted_T: Tensor | None
+
+    @classmethod
+    def of(cls, layer: RoutedExperts, x_TD: Tensor, mask_TE: Tensor, inactive_T: Tensor) -> Reads:
+        """What a selection reads. Does not synchronise with the device."""
+        inputs = layer.inputs_threshold
+        active_T = layer.ffn.ffn_size - inactive_T
+        inputs_T = torch.full_like(inactive_T, layer.ffn.hidden_size)
+        if inputs is not None:
+            inputs_T = inputs_T - uncounted(x_TD, inputs).sum(-1)
+        return cls(mask_TE.sum(-1), inputs_T, active_T, active_T if inputs is None else None)
+
+
+def counted_neurons(neurons: Neurons) -> Tensor:
+    """How many neurons of active experts count for each token, int64 ``[T]``."""
+    return (neurons.active_TF & ~uncounted(neurons.h_TF, neurons.threshold)).sum(-1)
 
 
 class _Sizes(NamedTuple):
@@ -69,30 +99,21 @@ class ShareTally:
         )
 
     @torch.no_grad()
-    def add_selection(
-        self, x_TD: Tensor, mask_TE: Tensor, inactive_T: Tensor, inputs: Threshold | None, keep_T: Tensor | None
-    ) -> None:
-        """Count the inputs and active experts of tokens where ``keep_T`` is true, or of all of them.
-
-        Without a threshold, all neurons of active experts are counted as well.
-        """
-        real_T = torch.ones_like(inactive_T) if keep_T is None else keep_T.to(inactive_T)
-        active_T = (self.neurons - inactive_T) * real_T
-        inputs_T = torch.full_like(inactive_T, self.channels)
-        if inputs is not None:
-            inputs_T = inputs_T - uncounted(x_TD, inputs).sum(-1)
+    def add(self, reads: Reads, keep_T: Tensor | None) -> None:
+        """Count one call's tokens, those where ``keep_T`` is true, or all of them."""
+        real_T = torch.ones_like(reads.active_T) if keep_T is None else keep_T.to(reads.active_T)
+        active_T = reads.active_T * real_T
         _add(self.tokens, real_T)
-        _add(self.experts, mask_TE.sum(-1) * real_T)
-        _add(self.inputs, inputs_T * real_T)
+        _add(self.experts, reads.experts_T * real_T)
+        _add(self.inputs, reads.inputs_T * real_T)
         _add(self.active, active_T)
-        _add(self.products, active_T * inputs_T)
-        if inputs is None:
-            _add(self.counted, active_T)
+        _add(self.products, active_T * reads.inputs_T)
+        if reads.counted_T is not None:
+            _add(self.counted, reads.counted_T * real_T)
 
     @torch.no_grad()
-    def add_neurons(self, neurons: Neurons, keep_T: Tensor | None) -> None:
-        """Count the neurons of active experts that count, of tokens where ``keep_T`` is true, or of all of them."""
-        counted_T = (neurons.active_TF & ~uncounted(neurons.h_TF, neurons.threshold)).sum(-1)
+    def add_neurons(self, counted_T: Tensor, keep_T: Tensor | None) -> None:
+        """Count the neurons that count of a call that was added before they were known."""
         _add(self.counted, counted_T if keep_T is None else counted_T * keep_T.to(counted_T))
 
     @property

@@ -18,13 +18,14 @@ from torch_prunepath.inputs.data import evaluating, iterate_inputs
 from torch_prunepath.inputs.front import for_model, front_of
 from torch_prunepath.inputs.padding import PaddingTracker
 from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.saving import refresh
 from torch_prunepath.layer.sparse import Neurons, RoutingHook, recording
 from torch_prunepath.layer.views import one_a_layer, recording_neurons, sparse_layers, sparse_views
 from torch_prunepath.ops.transforms import is_transformed
 from torch_prunepath.progress import progress_bar
 from torch_prunepath.search import OutOfReach, find_tau
-from torch_prunepath.shares import Shares, ShareTally, overall
+from torch_prunepath.shares import Reads, Shares, ShareTally, counted_neurons, overall
 
 MIN_TAU = 1e-30
 """Smallest tau of a layer that stays positive in float32; at this mass only the top expert is active."""
@@ -99,16 +100,28 @@ class Noted(NamedTuple):
         name: the name that the layer is counted under.
         neurons: how many neurons the layer has.
         inactive_T: int64, how many of them were inactive for each token.
+        reads: what was read, if that is counted as well.
     """
 
     name: str
     neurons: int
     inactive_T: Tensor
+    reads: Reads | None = None
 
     @classmethod
-    def of(cls, name: str, layer: RoutedExperts, mask_TE: Tensor) -> Noted:
-        """The note of one call, whose active experts are ``mask_TE``. Does not synchronise with the device."""
-        return cls(name, layer.ffn.ffn_size, layer.inactive_neurons(mask_TE))
+    def of(cls, name: str, layer: RoutedExperts, mask_TE: Tensor, x_TD: Tensor | None = None) -> Noted:
+        """The note of one call whose active experts are ``mask_TE``; with its input, what was read is noted as well.
+
+        Does not synchronise with the device.
+        """
+        inactive_T = layer.inactive_neurons(mask_TE)
+        reads = None if x_TD is None else Reads.of(layer, x_TD, mask_TE, inactive_T)
+        return cls(name, layer.ffn.ffn_size, inactive_T, reads)
+
+    def with_counted(self, counted_T: Tensor) -> Noted:
+        """The same, its neurons that count known: int64 ``[T]``."""
+        assert self.reads is not None
+        return self._replace(reads=self.reads._replace(counted_T=counted_T))
 
 
 class Tally:
@@ -153,9 +166,21 @@ class SparsityRecord:
             found = self._tallies[name] = Tally(neurons, device)
         return found
 
+    def share_tally(self, name: str, layer: RoutedExperts, view: FFNView) -> ShareTally:
+        """The tally of what the layer that is counted under ``name`` reads; a new one if there is none yet."""
+        found = self._shares.get(name)
+        if found is None:
+            found = self._shares[name] = ShareTally(layer, view, _device(layer))
+        return found
+
     def count(self, noted: Noted, keep_T: Tensor | None) -> None:
-        """Add one call's tokens: those where ``keep_T``, bool ``[T]``, is true; all of them if it is None."""
+        """Add one call's tokens: those where ``keep_T``, bool ``[T]``, is true; all of them if it is None.
+
+        What they read is added if it was noted, to the :meth:`share_tally` that there is of the layer.
+        """
         self.tally(noted.name, noted.neurons, noted.inactive_T.device).add(noted.inactive_T, keep_T)
+        if noted.reads is not None:
+            self._shares[noted.name].add(noted.reads, keep_T)
 
     @property
     def per_layer(self) -> dict[str, float]:
@@ -229,7 +254,7 @@ def record_sparsity(model: nn.Module, *, front_tokens: int = 0) -> Iterator[Spar
     with PaddingTracker(model, front_tokens) as tracker, contextlib.ExitStack() as stack:
         for name, layer in layers.items():
             tally = record.tally(layer.name, layer.ffn.ffn_size, _device(layer))
-            shares = record._shares.setdefault(layer.name, ShareTally(layer, views[name], _device(layer)))
+            shares = record.share_tally(layer.name, layer, views[name])
             counter = Counter(tally, shares, tracker)
             stack.enter_context(recording(layer, counter))
             stack.enter_context(recording_neurons(layer, views[name], counter))
@@ -256,11 +281,11 @@ class Counter:
             )
         inactive_T, keep_T = layer.inactive_neurons(mask_TE), self.tracker.keep(shape)
         self.tally.add(inactive_T, keep_T)
-        self.shares.add_selection(x_TD, mask_TE, inactive_T, layer.inputs_threshold, keep_T)
+        self.shares.add(Reads.of(layer, x_TD, mask_TE, inactive_T), keep_T)
 
     def note_neurons(self, neurons: Neurons) -> None:
         """Neurons answered that have a threshold."""
-        self.shares.add_neurons(neurons, self.tracker.keep(neurons.shape))
+        self.shares.add_neurons(counted_neurons(neurons), self.tracker.keep(neurons.shape))
 
 
 def _device(layer: RoutedExperts) -> torch.device:

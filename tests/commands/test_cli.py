@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import torch_prunepath
 from torch_prunepath.commands import cli, quickstart
+from torch_prunepath.commands.options import SparsifyOptions
 
-ROW_KEYS = {"name", "tau", "sparsity", "perplexity", "tokens_per_second"}
+ROW_KEYS = {"name", "tau", "sparsity", "bytes", "perplexity", "tokens_per_second"}
 
 
 @pytest.fixture
@@ -86,6 +87,7 @@ def test_quickstart_json(run, tiny: Path) -> None:
     assert (sparse["name"], sparse["tau"], full["tau"]) == ("tau 0.5", 0.5, 1.0)
     assert 0.05 < sparse["sparsity"] < 1
     assert full["sparsity"] == 0
+    assert dense["bytes"] == 1 and 1 < full["bytes"] < 1.2 and sparse["bytes"] < 1 - sparse["sparsity"] + 0.2
     assert full["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)
     assert abs(sparse["perplexity"] - dense["perplexity"]) > 1e-3
     assert all(row["tokens_per_second"] > 0 for row in results["rows"])
@@ -172,6 +174,42 @@ def test_standard_output_is_the_result_alone(run, tiny: Path, text: Path, monkey
 )
 def test_first_sentence(text: str, sentence: str) -> None:
     assert quickstart._first_sentence(text) == sentence
+
+
+def test_quickstart_over_bytes(run, tiny: Path, text: Path) -> None:
+    flags = ["--model", tiny, "--text", text, "--bytes", 0.4, 0.8, 0.6, 0.6]
+    code, out, _ = run("quickstart", *flags, "--json")
+    assert code == 0
+    results = json.loads(out)
+    _, *rows = results["rows"]
+    assert [set(row) for row in results["rows"]] == [ROW_KEYS] + [ROW_KEYS | {"target_bytes"}] * 3
+    assert [(row["name"], row["tau"], row["target_bytes"]) for row in rows] == [
+        (f"bytes {share:g}", None, share) for share in (0.8, 0.6, 0.4)
+    ]
+    for row in rows:
+        assert row["bytes"] == pytest.approx(row["target_bytes"], abs=0.05)
+    assert (results["checkpoint_tau"], results["checkpoint_bytes"]) == (None, 0.6)
+    assert results["reloaded_logits_equal"] is True
+    card = (Path(results["checkpoint"]) / "README.md").read_text()
+    assert f"| bytes of FFNs read | {rows[1]['bytes']:.1%} |" in card and "| tau | 0" not in card
+    model = AutoModelForCausalLM.from_pretrained(results["checkpoint"])
+    assert bytes_read(model, text) == pytest.approx(rows[1]["bytes"], abs=0.05)
+
+    code, out, _ = run("quickstart", *flags)
+    assert code == 0 and "(bytes 0.6; logits equal after reloading)" in out
+    lines = [line.split() for line in out.splitlines()]
+    head = lines.index(["sparsity", "bytes", "read", "perplexity", "tokens/s"])
+    assert [float(line[3].strip("%")) for line in lines[head + 2 : head + 5]] == pytest.approx(
+        [100 * row["bytes"] for row in rows], abs=0.1
+    )
+
+
+def bytes_read(model: PreTrainedModel, text: Path) -> float:
+    """Share of the FFNs' bytes that the end of a text needs."""
+    ids = torch.tensor(byte_tokenizer()(text.read_text())["input_ids"])
+    with torch_prunepath.record_sparsity(model) as record, torch.no_grad():
+        model(input_ids=ids[-8 * CONTEXT :].view(8, CONTEXT))
+    return record.shares.bytes
 
 
 @pytest.mark.network
@@ -275,12 +313,38 @@ def test_disk_full_while_saving(run, tiny: Path, text: Path, monkeypatch: pytest
     [
         (["--tau", "1.5"], "tau=1.5 is outside (0, 1]"),
         (["--sparsity", "1"], "sparsity=1.0 is outside [0, 1)"),
+        (["--bytes", "0"], "bytes=0.0 is outside (0, 1]"),
+        (["--bytes", "1.5"], "bytes=1.5 is outside (0, 1]"),
+        (["--bytes", "50"], "bytes=50.0 is outside (0, 1]"),
         (["--partition", "magic"], "partition='magic' is not known: choose one of"),
         (["--expert-size", "0"], "expert_size=0 must be at least 1"),
     ],
 )
 def test_wrong_settings(run, flags: list[str], message: str) -> None:
     assert_one_line_error(run("sparsify", "never-loaded", "-o", "out", *flags), message)
+
+
+@pytest.mark.parametrize("other", ["--tau", "--sparsity"])
+def test_bytes_exclude_other_knobs(run, other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("sparsify", "never-loaded", "-o", "out", "--bytes", 0.5, other, 0.5)
+    assert caught.value.code == 2
+    assert f"argument {other}: not allowed with argument --bytes" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="sparsity and bytes are both given"):
+        SparsifyOptions(model="m", output=Path("out"), sparsity=0.5, bytes=0.5)
+
+
+def test_bytes_out_of_reach(run, tiny: Path, text: Path) -> None:
+    for command in (["sparsify", tiny, "-o", "out"], ["quickstart", "--model", tiny]):
+        result = run(*command, "--text", text, "--bytes", 0.01)
+        assert_one_line_error(result, "0.01 of the bytes is out of reach: the least that this model can read is")
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("share", ["0", "1.5"])
+def test_quickstart_refuses_wrong_bytes(run, share: str) -> None:
+    result = run("quickstart", "--model", "never-loaded", "--bytes", "0.9", share)
+    assert_one_line_error(result, f"bytes={float(share)} is outside (0, 1]")
 
 
 def test_quickstart_refuses_a_wrong_tau(run) -> None:
@@ -378,6 +442,53 @@ def test_sparsify_to_a_sparsity(run, tiny: Path, text: Path) -> None:
     made = json.loads(out)
     assert made["sparsity"] == pytest.approx(0.5, abs=0.1)
     assert 0 < made["tau"] < 1
+
+
+def test_sparsify_to_bytes(run, tiny: Path, text: Path) -> None:
+    flags = ["--text", text, "--expert-size", 8]
+    code, out, _ = run("sparsify", tiny, "-o", "out", "--bytes", 0.5, *flags, "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert (made["target_bytes"], made["tau"]) == (0.5, None)
+    assert made["bytes"] == pytest.approx(0.5, abs=0.05)
+    assert 0 < made["sparsity"] < 0.5 and made["perplexity"] > made["dense_perplexity"]
+    model = AutoModelForCausalLM.from_pretrained("out")
+    for name, layer in torch_prunepath.sparse_layers(model).items():
+        for knob in ("tau", "theta_x", "theta_h"):
+            assert made[f"{knob}_per_layer"][name] == pytest.approx(float(getattr(layer, knob)))
+    assert all(made["theta_x_per_layer"].values()) or all(made["theta_h_per_layer"].values())
+    assert bytes_read(model, text) == pytest.approx(made["bytes"], abs=0.05)
+    card = Path("out/README.md").read_text()
+    assert f"| bytes of FFNs read | {made['bytes']:.1%} |" in card and "torch_prunepath.set_budget(model" in card
+    assert "| layer | neurons | experts | tau | threshold on inputs | threshold on neurons | sparsity |" in card
+
+    _, out, _ = run("info", "out", "--json")
+    for layer in json.loads(out)["layers"]:
+        assert layer["theta_x"] == pytest.approx(made["theta_x_per_layer"][layer["name"]])
+        assert layer["theta_h"] == pytest.approx(made["theta_h_per_layer"][layer["name"]])
+    _, out, _ = run("info", "out")
+    assert "tau  threshold on inputs  threshold on neurons" in out
+    assert out.splitlines()[-1].split()[-3:] == [
+        f"{made[f'{knob}_per_layer']['model.layers.1.mlp']:.6g}" for knob in ("tau", "theta_x", "theta_h")
+    ]
+
+
+def test_sparsify_to_all_bytes_is_dense(run, tiny: Path, text: Path) -> None:
+    code, out, _ = run("sparsify", tiny, "-o", "out", "--bytes", 1, "--text", text)
+    assert code == 0
+    told = {line.split()[0]: line for line in out.splitlines()}
+    assert told["tau"].split() == ["tau", "1"] and "thresholds" not in told
+    assert "(100.0% asked for)" in told["bytes"] and told["sparsity"].split()[1] == "0.0%"
+    _, dense, *_ = told["perplexity"].split()
+    assert f"(dense {dense})" in told["perplexity"]
+
+
+def test_sparsify_tells_bytes_read_at_any_tau(run, tiny: Path, text: Path) -> None:
+    _, out, _ = run("sparsify", tiny, "-o", "out", "--text", text, "--tau", 0.7, "--json")
+    made = json.loads(out)
+    assert made["target_bytes"] is None and made["tau"] == 0.7
+    assert 0 < made["bytes"] - (1 - made["sparsity"]) < 0.2, "routing alone: active experts, and the router"
+    assert set(made["theta_x_per_layer"].values()) == set(made["theta_h_per_layer"].values()) == {0.0}
 
 
 def test_sparsify_needs_no_data_to_convert_from_weights(run, tiny: Path, text: Path) -> None:

@@ -64,7 +64,7 @@ def assert_in_front(read: list[torch.Tensor]) -> None:
         assert not torch.isin(ids[:, 1:4], torch.tensor(byte_tokenizer()("\ufeff")["input_ids"])).all(1).any()
 
 
-@pytest.mark.parametrize("goal", [("--tau", 0.8), ("--sparsity", 0.3)])
+@pytest.mark.parametrize("goal", [("--tau", 0.8), ("--sparsity", 0.3), ("--bytes", 0.6)])
 def test_sparsify(
     folder: Path, read: list[torch.Tensor], goal: tuple[str, float], capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -85,8 +85,11 @@ def test_sparsify(
     assert records[-1].tokens == windows * (found["text"]["context"] - 1), "the token in front does not count"
 
 
-def test_quickstart(folder: Path, read: list[torch.Tensor], capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "quickstart", "--model", folder / "model", "--text", folder / "text", "-o", folder / "out")
+@pytest.mark.parametrize("points", [(), ("--bytes", 0.8, 0.6)])
+def test_quickstart(
+    folder: Path, read: list[torch.Tensor], points: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "quickstart", "--model", folder / "model", "--text", folder / "text", *points, "-o", folder / "out")
     assert_in_front(read)
 
 
@@ -99,9 +102,10 @@ def test_train(folder: Path, read: list[torch.Tensor], measured: bool, capsys: p
     assert_in_front(read)
 
 
-def test_lm_eval(folder: Path, read: list[torch.Tensor]) -> None:
+@pytest.mark.parametrize("goal", [{"sparsity": 0.3}, {"bytes": 0.6}])
+def test_lm_eval(folder: Path, read: list[torch.Tensor], goal: dict[str, float]) -> None:
     settings = {"expert_size": 8, "calibration_text": str(folder / "text"), "device": "cpu"}
-    PrunePathLM(pretrained=str(folder / "model"), sparsity=0.3, **settings)
+    PrunePathLM(pretrained=str(folder / "model"), **goal, **settings)
     assert_in_front(read)
 
 

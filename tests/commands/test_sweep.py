@@ -16,10 +16,12 @@ from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 import torch_prunepath
 from torch_prunepath import SparsifyConfig
 from torch_prunepath.commands import cli
+from torch_prunepath.commands.points import Point
 from torch_prunepath.commands.sweep import run as work
-from torch_prunepath.commands.sweep.options import Point, SweepOptions
+from torch_prunepath.commands.sweep.options import SweepOptions
 from torch_prunepath.commands.sweep.scores import headline, scores_of
 from torch_prunepath.evaluation import lm_eval as harness
+from torch_prunepath.evaluation.make_sparse import reach_bytes
 
 FAST = ["--expert-size", 4, "--partition", "random", "--router", "centroid", "--budget", "uniform"]
 
@@ -111,6 +113,39 @@ def test_a_checkpoint_over_sparsities(sweep: Any, sparse: Path) -> None:
     assert list(Path().iterdir()) == []
 
 
+def test_over_bytes(sweep: Any, dense: Path, sparse: Path) -> None:
+    flags = ["--tasks", "tiny_choice", "--limit", 4, "--bytes", 0.5, 1, 0.7, "--json", "-o", "out"]
+    for model, settings in ((dense, ["--expert-size", 8]), (sparse, [])):
+        code, out, _ = sweep(model, *flags, *settings)
+        assert code == 0
+        rows = json.loads(out)["rows"]
+        names = ["dense", "bytes 1", "bytes 0.7", "bytes 0.5"] if settings else ["bytes 1", "bytes 0.7", "bytes 0.5"]
+        assert [row["name"] for row in rows] == names
+        full, less, least = rows[-3:]
+        assert [row["target_bytes"] for row in rows[-3:]] == [1.0, 0.7, 0.5]
+        assert (full["tau"], full["sparsity"], less["tau"]) == (1.0, 0.0, None)
+        assert 1 < full["bytes"] < 1.2
+        assert less["bytes"] == pytest.approx(0.7, abs=0.1) and least["bytes"] == pytest.approx(0.5, abs=0.1)
+        assert Path("out/sweep.png").is_file()
+    code, out, _ = sweep(sparse, "--tasks", "tiny_choice", "--limit", 4, "--bytes", 0.5)
+    assert code == 0
+    assert [line.split()[:4] for line in out.splitlines() if "read" in line or "by layer" in line] == [
+        ["tau", "sparsity", "bytes", "read"], ["bytes", "0.5", "by", "layer"],
+    ]  # fmt: skip
+
+
+def test_a_sweep_measures_its_path_once(sweep: Any, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def noted(model: Any, share: float, *data: Any) -> float:
+        measured.append(share)
+        return reach_bytes(model, share, *data)
+
+    monkeypatch.setattr(work, "reach_bytes", noted)
+    code, *_ = sweep(dense, "--tasks", "tiny_text", "--limit", 2, "--bytes", 0.8, 0.7, 0.6, "--expert-size", 8)
+    assert (code, measured) == (0, [0.8])
+
+
 def test_limit_and_examples_reach_lm_eval(sweep: Any, sparse: Path) -> None:
     tokens = {}
     for flags in ((), ("--limit", 4), ("--limit", 0.5), ("--limit", 4, "--num-fewshot", 2)):
@@ -152,6 +187,8 @@ def test_without_matplotlib(sweep: Any, sparse: Path, monkeypatch: pytest.Monkey
     [
         (["--tau", 1.5], "tau=1.5 is outside (0, 1]"),
         (["--sparsity", 0.5, 1], "sparsity=1.0 is outside [0, 1)"),
+        (["--bytes", 0.5, 0], "bytes=0.0 is outside (0, 1]"),
+        (["--bytes", 1.5], "bytes=1.5 is outside (0, 1]"),
         (["--partition", "magic"], "partition='magic' is not known"),
         (["--limit", 0], "limit=0 leaves no document"),
         (["--text", "missing"], "cannot read missing"),
@@ -175,6 +212,7 @@ def test_refused_before_the_model_is_loaded(
         (["--expert-size", 3, "--seed", 1], "is sparse already: leave out --expert-size, --seed"),
         (["--device", "nowhere"], "cannot move the model to nowhere"),
         (["--sparsity", 0.95], "sparsity 0.95 is out of reach"),
+        (["--bytes", 0.01], "0.01 of the bytes is out of reach"),
     ],
 )
 def test_refused_after_loading(sweep: Any, sparse: Path, flags: list[Any], message: str) -> None:
@@ -190,6 +228,8 @@ def test_tau_and_sparsity_exclude_each_other(sweep: Any, sparse: Path) -> None:
     assert caught.value.code == 2
     with pytest.raises(ValueError, match="give one list"):
         SweepOptions(model="m", tasks=["t"], taus=[0.5], sparsities=[0.5])
+    with pytest.raises(ValueError, match="tau and bytes are both given: give one list"):
+        SweepOptions(model="m", tasks=["t"], taus=[0.5], shares=[0.5])
 
 
 def test_lm_eval_is_not_installed(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +250,9 @@ def test_points_come_from_dense_to_sparse_once_each() -> None:
     asked = functools.partial(SweepOptions, model="m", tasks=["t"])
     assert asked(taus=[0.5, 1, 0.5]).points == [Point(tau=1.0), Point(tau=0.5)]
     assert asked(sparsities=[0.5, 0, 0.5]).points == [Point(sparsity=0.0), Point(sparsity=0.5)]
+    assert asked(shares=[0.5, 1, 0.5]).points == [Point(bytes=1.0), Point(bytes=0.5)]
     assert [point.dense for point in asked().points] == [False] * 5
+    assert Point(bytes=1.0).dense and not Point(bytes=0.5).dense
 
 
 RESULTS = {

@@ -21,7 +21,7 @@ from tiny_llama import byte_tokenizer, save_tiny_llama, tiny_llama
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 import torch_prunepath
-from torch_prunepath import SparsifyConfig, record_sparsity, set_tau
+from torch_prunepath import SparsifyConfig, record_sparsity, set_tau, set_thresholds
 from torch_prunepath.commands.sweep.scores import scores_of
 from torch_prunepath.console.errors import UserError
 from torch_prunepath.evaluation import lm_eval as harness
@@ -131,6 +131,69 @@ def test_sparsity_is_searched_for(request: pytest.FixtureRequest, manager: TaskM
     assert found["tau"] == pytest.approx(model_tau(lm.model))
 
 
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_bytes_are_reached(request: pytest.FixtureRequest, manager: TaskManager, kind: str) -> None:
+    settings = {"expert_size": 8, "calibration_tokens": 2048} if kind == "dense" else {}
+    lm = PrunePathLM(pretrained=str(request.getfixturevalue(kind)), bytes="0.6", device="cpu", **settings)
+    found = evaluate(lm, manager)["config"]["prunepath"]
+    assert (found["target_bytes"], found["target_sparsity"], found["tau"]) == (0.6, None, None)
+    assert found["bytes"] == pytest.approx(0.6, abs=0.1)
+    assert found["sparsity"] < 0.4, "the rest are inputs and neurons"
+    assert found["calibration_tokens"] > 0
+    for name, layer in torch_prunepath.sparse_layers(lm.model).items():
+        assert found["tau_per_layer"][name] == float(layer.tau)
+        assert found["theta_x_per_layer"][name] == float(layer.theta_x)
+        assert found["theta_h_per_layer"][name] == float(layer.theta_h)
+        assert 0.3 < found["bytes_per_layer"][name] < 0.9
+    again = PrunePathLM(pretrained=lm.model, tokenizer=byte_tokenizer(), bytes=0.5)
+    assert again.sparsity_info()["calibration_tokens"] == 0, "along the path that is there"
+    assert evaluate(again, manager)["config"]["prunepath"]["bytes"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_bytes_read_are_those_of_record_sparsity(manager: TaskManager) -> None:
+    """One row at a time there is no padding: then everything that ran counts. Before, between and after thresholds."""
+    model = sparse_llama()
+    lm = PrunePathLM(pretrained=model, tokenizer=byte_tokenizer(), max_length=120, batch_size=1)
+    for thresholds in ({}, {"inputs": 0.4}, {"inputs": 0.2, "neurons": 0.3}, {"inputs": 0.0, "neurons": 0.0}):
+        if thresholds:
+            set_thresholds(model, **thresholds)
+        lm.reset_sparsity()
+        with record_sparsity(model) as record:
+            evaluate(lm, manager)
+        found = lm.sparsity_info()
+        assert found["bytes"] == pytest.approx(record.shares.bytes, rel=1e-9)
+        for name, shares in record.shares_per_layer.items():
+            assert found["bytes_per_layer"][name] == pytest.approx(shares.bytes, rel=1e-9)
+
+
+@pytest.mark.parametrize("make", ["sparse_llama", "sparse_opt"])
+def test_bytes_read_do_not_depend_on_the_batch(make: str, manager: TaskManager) -> None:
+    read = []
+    for batch_size in (1, 4):
+        model = globals()[make]()
+        set_thresholds(model, inputs=0.1, neurons=0.1)
+        lm = PrunePathLM(pretrained=model, tokenizer=byte_tokenizer(), max_length=120, batch_size=batch_size)
+        evaluate(lm, manager)
+        read.append(lm.sparsity_info()["bytes"])
+    assert read[1] == pytest.approx(read[0], rel=5e-3) and 0.1 < read[0] < 0.9
+
+
+def test_a_call_that_came_to_no_end_does_not_count(manager: TaskManager) -> None:
+    model = sparse_llama()
+    set_thresholds(model, inputs=0.1, neurons=0.1)
+    lm = PrunePathLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=2)
+    expected = evaluate(lm, manager)["config"]["prunepath"]["bytes"]
+    lm.reset_sparsity()
+    down = model.model.layers[1].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda *_: 1 / 0)
+    mlp = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lm._model_call(torch.zeros(1, 4, dtype=torch.int64))
+    handle.remove()
+    mlp.remove()
+    assert evaluate(lm, manager)["config"]["prunepath"]["bytes"] == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_model_in_memory(manager: TaskManager) -> None:
     model = torch_prunepath.sparsify(tiny_llama(), tau=0.5, config=SPARSE)
     lm = PrunePathLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=2)
@@ -179,9 +242,20 @@ def test_compiled_scores_are_the_same(sparse: Path, manager: TaskManager) -> Non
     compiled = evaluate(lm, manager)
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
     assert_same(compiled, eager)
-    for key in ("sparsity", "tokens", "tau"):
+    for key in ("sparsity", "bytes", "tokens", "tau"):
         assert compiled["config"]["prunepath"][key] == pytest.approx(eager["config"]["prunepath"][key], rel=1e-6)
     assert compiled["config"]["prunepath"]["compile_backend"] == "eager"
+
+
+def test_bytes_are_counted_in_compiled_models(manager: TaskManager) -> None:
+    found = {}
+    for backend in ("default", "eager"):
+        model = sparse_llama()
+        set_thresholds(model, inputs=0.3, neurons=0.2)
+        lm = PrunePathLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=2, backend=backend)
+        found[backend] = evaluate(lm, manager)["config"]["prunepath"]
+    assert found["eager"]["bytes"] == pytest.approx(found["default"]["bytes"], rel=1e-5)
+    assert found["eager"]["bytes"] < 0.9 * (1 - found["eager"]["sparsity"])
 
 
 def test_without_measuring(sparse: Path, manager: TaskManager) -> None:
@@ -190,7 +264,8 @@ def test_without_measuring(sparse: Path, manager: TaskManager) -> None:
     unmeasured = evaluate(lm, manager)
     assert_same(unmeasured, evaluate(PrunePathLM(pretrained=str(sparse), device="cpu"), manager))
     found = unmeasured["config"]["prunepath"]
-    assert (found["sparsity"], found["tokens"], found["tau"]) == (None, None, 0.6)
+    assert (found["sparsity"], found["bytes"], found["tokens"], found["tau"]) == (None, None, None, 0.6)
+    assert not any(layer.neuron_recorders for layer in torch_prunepath.sparse_layers(lm.model).values())
 
 
 # --- which tokens count -----------------------------------------------------------------------------------------------
@@ -311,13 +386,19 @@ def test_model_tau_undoes_set_tau(tau: float, budget: float) -> None:
         ("dense", {"tau": 1.5}, r"tau=1.5 is outside \(0, 1\]"),
         ("dense", {"tau": "x"}, "tau='x' is no number"),
         ("dense", {"sparsity": 1}, r"sparsity=1.0 is outside \[0, 1\)"),
-        ("dense", {}, "the model is dense: give tau= or sparsity= to make it sparse, or use --model hf"),
+        ("dense", {"bytes": 0}, r"bytes=0.0 is outside \(0, 1\]"),
+        ("dense", {"bytes": "1.5"}, r"bytes=1.5 is outside \(0, 1\]"),
+        ("dense", {"bytes": "nan"}, r"bytes=nan is outside \(0, 1\]"),
+        ("dense", {"bytes": "x"}, "bytes='x' is no number"),
+        ("dense", {"bytes": 0.5, "tau": 0.5}, "tau and bytes are both given, but bytes sets tau and thresholds"),
+        ("sparse", {"bytes": 0.5, "sparsity": 0.5}, "sparsity and bytes are both given"),
+        ("dense", {}, "the model is dense: give tau=, sparsity= or bytes= to make it sparse, or use --model hf"),
         ("dense", {"tau": 0.5, "partition": "magic"}, "partition='magic' is not known"),
         ("dense", {"tau": 0.5, "backend": "magic"}, "backend='magic' is not known: choose one of default, causal"),
         ("dense", {"tau": 0.5, "calibration_text": "missing"}, "cannot read missing"),
         ("sparse", {"expert_size": 8, "seed": 1}, "sparse already, its experts made: leave out expert_size, seed"),
         ("sparse", {"exclude": "layers.0"}, "sparse already, its experts made: leave out exclude"),
-        ("sparse", {"calibration_text": __file__}, "calibration_text is only for sparsity="),
+        ("sparse", {"calibration_text": __file__}, "calibration_text is only for sparsity= and bytes="),
     ],
 )
 def test_refused_before_anything_is_loaded(

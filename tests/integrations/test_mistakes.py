@@ -38,6 +38,7 @@ from torch_prunepath import (
     load,
     rebuild,
     record_sparsity,
+    set_budget,
     set_sparsity,
     set_tau,
     set_threshold_shares,
@@ -120,6 +121,12 @@ on_sparse("thresholds without values")(lambda model, _: set_thresholds(model))
 on_sparse("thresholds for weights that cannot be read")(lambda model, _: set_thresholds(quantised(model), inputs=0.5))
 on_sparse("a manifest with thresholds, for a model without weights")(
     lambda model, _: rebuild(tiny_llama().to("meta"), with_thresholds(model))
+)
+on_sparse("a budget in per cent")(lambda model, _: set_budget(model, 50))
+on_sparse("a budget without data, the first time")(lambda model, _: set_budget(model, 0.5))
+on_sparse("a budget that is out of reach")(lambda model, _: set_budget(model, 0.01, token_ids(), progress=False))
+on_sparse("tau, or a sparsity, and bytes both given")(
+    lambda model, _: PrunePathLM(pretrained=model, tokenizer=byte_tokenizer(), tau=0.5, bytes=0.5)
 )
 on_dense("a dense model given to what needs a sparse one")(lambda model, _: set_tau(model, 0.5))
 on_sparse("a model made sparse twice")(lambda model, _: convert(model))

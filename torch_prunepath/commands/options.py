@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch_prunepath.config import SparsifyConfig, check_sparsity, check_tau
+from torch_prunepath.commands.points import Point, at_bytes, at_taus
+from torch_prunepath.config import SparsifyConfig, check_bytes, check_sparsity, check_tau
 from torch_prunepath.console.options import option, settings
 
 TAUS = (0.97, 0.95, 0.9, 0.8, 0.7)
@@ -26,30 +27,32 @@ class QuickstartOptions:
         text: UTF-8 text to fit and measure on (default: Python's help topics).
         output: folder to write.
         taus: thresholds to measure; the checkpoint keeps the middle one.
+        shares: shares of the FFNs' bytes to measure in place of taus, such as 0.7 0.5 (set_budget); the checkpoint
+            keeps the middle one.
         include: names or patterns of the FFNs to make sparse, such as 'layers.*.mlp' (default: all).
         exclude: names or patterns of FFNs to leave dense, such as 'model.layers.0.*' or vision_tower.
         seed: seed of everything random (default: 0).
 
     Raises:
-        ValueError: if a threshold is not in (0, 1].
+        ValueError: if a threshold or a share is not in (0, 1].
     """
 
     model: str | None = None
     text: str | None = option(default=None, metavar="FILE")
     output: Path = option("-o", "--output", default=Path("prunepath-quickstart"))
-    taus: Sequence[float] = option("--tau", default=TAUS)
+    taus: Sequence[float] = option("--tau", default=TAUS, one_of="points")
+    shares: Sequence[float] | None = option("--bytes", default=None, one_of="points", metavar="SHARE")
     include: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
     exclude: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for tau in self.taus:
-            check_tau(tau)
+        assert self.points
 
-    @property
-    def distinct_taus(self) -> list[float]:
-        """The thresholds once each, from dense to sparse."""
-        return sorted(set(map(float, self.taus)), reverse=True)
+    @cached_property
+    def points(self) -> list[Point]:
+        """Where to measure, from dense to sparse, once each."""
+        return at_taus(self.taus) if self.shares is None else at_bytes(self.shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +64,21 @@ class SparsifyOptions:
         output: folder to write; must not exist, or be empty.
         tau: threshold in (0, 1].
         sparsity: find the tau that reaches this inactive share of neurons.
+        bytes: find each layer's tau and thresholds so that a token reads this share of the FFNs' bytes (set_budget).
         text: UTF-8 text to fit and measure on (default: Python's help topics).
         include: names or patterns of the FFNs to make sparse, such as 'layers.*.mlp' (default: all).
         exclude: names or patterns of FFNs to leave dense, such as 'model.layers.0.*' or vision_tower.
         settings: fields of :class:`torch_prunepath.SparsifyConfig` that were given.
 
     Raises:
-        ValueError: if a value is not allowed.
+        ValueError: if a value is not allowed, or two exclude each other.
     """
 
     model: str = option(positional=True, metavar="MODEL")
     output: Path = option("-o", "--output")
     tau: float = option(default=0.9, one_of="knob")
     sparsity: float | None = option(default=None, one_of="knob")
+    bytes: float | None = option(default=None, one_of="knob", metavar="SHARE")
     text: str | None = option(default=None, metavar="FILE")
     include: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
     exclude: Sequence[str] | None = option(default=None, action="extend", metavar="PATTERN")
@@ -83,6 +88,10 @@ class SparsifyOptions:
         check_tau(self.tau)
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
+        if self.bytes is not None:
+            check_bytes(self.bytes)
+            if self.sparsity is not None:
+                raise ValueError("sparsity and bytes are both given: give only one of them")
         assert self.config
 
     @cached_property

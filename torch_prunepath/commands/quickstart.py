@@ -1,4 +1,4 @@
-"""The tour: sparsify a model, measure quality and decoding speed against tau, save it, load it back, write with it.
+"""The tour: sparsify a model, measure quality and speed against tau or bytes, save it, load it back, write with it.
 
 It trades precision for time: a few thousand held-out tokens and short timed runs, so that two cores are enough.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch_prunepath.card import hub_name, write_card
 from torch_prunepath.commands.options import QuickstartOptions
+from torch_prunepath.commands.points import Point
 from torch_prunepath.console import report
 from torch_prunepath.console.output import RESULTS, check_room, is_output_of, output_folder, say, writing
 from torch_prunepath.console.plot import new_figure
@@ -48,11 +49,10 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
     """
     import torch
 
-    import torch_prunepath
     from torch_prunepath.config import SparsifyConfig
 
     started = time.perf_counter()
-    taus, config = options.distinct_taus, SparsifyConfig(seed=options.seed)
+    points, config = options.points, SparsifyConfig(seed=options.seed)
     torch.manual_seed(options.seed)
     corpus = load_corpus(options.text)
     with output_folder(options.output, ours=is_output_of("quickstart")) as folder:
@@ -65,8 +65,8 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
             check_ids(window_NC, model, tokenizer, "the text")
         choice: dict[str, Any] = {"include": options.include, "exclude": options.exclude}
         skipped = discover(model, **choice).report()
-        rows, records = _measure(model, fit_NC, test_NC, taus, config, front_tokens(tokenizer), choice)
-        tau = taus[len(taus) // 2]
+        rows, records = _measure(model, fit_NC, test_NC, points, config, front_tokens(tokenizer), choice)
+        middle = points[len(points) // 2]
         results: dict[str, Any] = {
             "command": "quickstart",
             **report.machine(),
@@ -75,14 +75,15 @@ def run(options: QuickstartOptions, command_line: str = "") -> dict[str, Any]:
             "config": asdict(config),
             "skipped": skipped,
             "rows": rows,
-            "checkpoint_tau": tau,
+            "checkpoint_tau": middle.tau,
+            **({} if middle.bytes is None else {"checkpoint_bytes": middle.bytes}),
         }
-        torch_prunepath.set_tau(model, tau)
+        _move_to(model, middle)
         results |= _save_and_reload(model, tokenizer, test_NC, folder, options.output)
         with writing(options.output):
             base = None if options.model is None else hub_name(options.model)
-            written = _on_card(rows, tau)
-            write_card(model, folder / "checkpoint", base_model=base, record=records[tau], measured=written)
+            written = _on_card(rows, middle)
+            write_card(model, folder / "checkpoint", base_model=base, record=records[middle], measured=written)
         results["plot"] = _plot(results["rows"], folder, options.output)
         results["output"] = str(options.output)
         results["seconds"] = round(time.perf_counter() - started, 1)
@@ -95,7 +96,9 @@ def render(results: dict[str, Any]) -> str:
     """The results as people read them."""
     lines = [*report.heading(results), "", *report.table(results["rows"]), ""]
     lines += [f'the reloaded checkpoint writes: "{results["generated"]}"', ""]
-    lines += [f"checkpoint  {results['checkpoint']} (tau {results['checkpoint_tau']:g}; logits equal after reloading)"]
+    tau = results["checkpoint_tau"]
+    place = f"bytes {results['checkpoint_bytes']:g}" if tau is None else f"tau {tau:g}"
+    lines += [f"checkpoint  {results['checkpoint']} ({place}; logits equal after reloading)"]
     lines += [f"plot        {results['plot'] or 'none: matplotlib is not installed'}"]
     lines += report.skipped(results["skipped"])
     lines += [f"time        {results['seconds']:.0f} s"]
@@ -108,54 +111,73 @@ def _get_model(name: str | None) -> tuple[str, Any, Any]:
     return name, *load_model(name)
 
 
-def _on_card(rows: Sequence[dict[str, Any]], tau: float) -> dict[str, str]:
+def _on_card(rows: Sequence[dict[str, Any]], point: Point) -> dict[str, str]:
     """What the model card tells besides the sparsity of each layer."""
     dense, *sparse = rows
-    (row,) = [row for row in sparse if row["tau"] == tau]
+    (row,) = [row for row in sparse if row["name"] == point.name]
     return {
-        "tau": f"{tau:.6g}",
+        **({} if point.tau is None else {"tau": f"{point.tau:.6g}"}),
+        **({} if point.bytes is None else {"bytes of FFNs read": f"{row['bytes']:.1%}"}),
         "perplexity": f"{row['perplexity']:.2f}",
         "perplexity, dense": f"{dense['perplexity']:.2f}",
     }
+
+
+def _move_to(model: Any, point: Point) -> None:
+    """Set the model's tau, or its budget along the path that was measured."""
+    import torch_prunepath
+
+    if point.bytes is not None:
+        torch_prunepath.set_budget(model, point.bytes)
+    else:
+        torch_prunepath.set_tau(model, point.asked)
 
 
 def _measure(
     model: Any,
     fit_NC: Any,
     test_NC: Any,
-    taus: Sequence[float],
+    points: Sequence[Point],
     config: Any,
     front: int,
     choice: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], dict[float, SparsityRecord]]:
-    """Make the model sparse; return a row for the dense model and one for each tau, and the records of each tau."""
+) -> tuple[list[dict[str, Any]], dict[Point, SparsityRecord]]:
+    """Make the model sparse; return a row for the dense model and one for each point, and the records of each point."""
     import torch_prunepath
+    from torch_prunepath.evaluation.make_sparse import reach_bytes
 
     prompt_1P = test_NC[:1, :PROMPT_TOKENS]
 
-    def row(name: str, tau: float, sparsity: float, quality: float) -> dict[str, Any]:
+    def row(name: str, tau: float | None, sparsity: float, read: float, quality: float) -> dict[str, Any]:
         speed = decode_speed(model, prompt_1P, title=f"{name}: decoding")
-        say(f"{name}: sparsity {sparsity:.1%}, perplexity {quality:.2f}, {speed:.1f} tokens/s")
+        say(f"{name}: sparsity {sparsity:.1%}, bytes read {read:.1%}, perplexity {quality:.2f}, {speed:.1f} tokens/s")
         return {
             "name": name,
             "tau": tau,
             "sparsity": round(sparsity, 4),
+            "bytes": round(read, 4),
             "perplexity": round(quality, 3),
             "tokens_per_second": round(speed, 2),
         }
 
     dense = perplexity(model, test_NC, front_tokens=front, title="dense: perplexity")
-    rows = [row("dense", 1.0, 0.0, dense)]
+    rows = [row("dense", 1.0, 0.0, 1.0, dense)]
     say("building experts and fitting routers")
-    torch_prunepath.sparsify(model, tau=taus[0], config=config, calibration=as_batch(fit_NC, front), **choice)
+    torch_prunepath.sparsify(
+        model, tau=points[0].tau or 1.0, config=config, calibration=as_batch(fit_NC, front), **choice
+    )
+    if points[0].bytes is not None:
+        say("measuring what settings save and cost")
+        reach_bytes(model, 1.0, fit_NC, front)
     records = {}
-    for tau in taus:
-        torch_prunepath.set_tau(model, tau)
-        name = f"tau {tau:g}"
+    for point in points:
+        _move_to(model, point)
+        name = point.name
         with torch_prunepath.record_sparsity(model, front_tokens=front) as record:
             quality = perplexity(model, test_NC, front_tokens=front, title=f"{name}: perplexity")
-        records[tau] = record
-        rows.append(row(name, tau, record.sparsity, quality))
+        records[point] = record
+        asked = {} if point.bytes is None else {"target_bytes": point.bytes}
+        rows.append(row(name, point.tau, record.sparsity, record.shares.bytes, quality) | asked)
     return rows, records
 
 
@@ -202,13 +224,18 @@ def _plot(rows: Sequence[dict[str, Any]], folder: Path, output: Path) -> str | N
     if figure is None:
         return None
     dense, *sparse = rows
+    key, what = (
+        ("bytes", "FFN bytes read") if "target_bytes" in sparse[0] else ("sparsity", "inactive share of FFN neurons")
+    )
+    shares, label = [100 * row[key] for row in sparse], "bytes asked for" if key == "bytes" else "tau"
     panels = (("perplexity", "held-out perplexity"), ("tokens_per_second", "decoded tokens/s"))
-    for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        axes.axhline(dense[key], color="0.6", linestyle="--", label="dense")
-        axes.plot([100 * row["sparsity"] for row in sparse], [row[key] for row in sparse], "o-", label="sparse")
-        for row in sparse:
-            axes.annotate(f"{row['tau']:g}", (100 * row["sparsity"], row[key]), (3, 4), textcoords="offset points")
-        axes.set(xlabel="inactive share of FFN neurons (%); labels: tau", ylabel=label)
+    for axes, (metric, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.axhline(dense[metric], color="0.6", linestyle="--", label="dense")
+        axes.plot(shares, [row[metric] for row in sparse], "o-", label="sparse")
+        for row, share in zip(sparse, shares, strict=True):
+            place = f"{row.get('target_bytes', row['tau']):g}"
+            axes.annotate(place, (share, row[metric]), (3, 4), textcoords="offset points")
+        axes.set(xlabel=f"{what} (%); labels: {label}", ylabel=title)
         axes.legend()
     with writing(output):
         figure.savefig(folder / "quickstart.png", dpi=150)

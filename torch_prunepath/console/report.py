@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,32 @@ def skipped(entries: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a row of tau, sparsity, perplexity and decoding speed."""
-    lines = [("", "sparsity", "perplexity", "tokens/s")]
-    lines += [
-        (row["name"], f"{row['sparsity']:.1%}", f"{row['perplexity']:.2f}", f"{row['tokens_per_second']:.1f}")
-        for row in rows
-    ]
+    """One line a row of tau, sparsity, perplexity and decoding speed; bytes read as well where bytes were asked for."""
+    shown = {"sparsity": ("sparsity", ".1%"), "bytes": ("bytes read", ".1%"), "perplexity": ("perplexity", ".2f")}
+    shown["tokens_per_second"] = ("tokens/s", ".1f")
+    if not any("target_bytes" in row for row in rows):
+        del shown["bytes"]
+    lines = [("", *(title for title, _ in shown.values()))]
+    lines += [(row["name"], *(format(row[key], form) for key, (_, form) in shown.items())) for row in rows]
     return list(aligned(lines))
+
+
+def settings(tau: float | None, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The lines of tau and thresholds.
+
+    Args:
+        tau: the model's tau, or None where layers have their own.
+        found: what :func:`torch_prunepath.evaluation.make_sparse.in_force` returns, by the same keys.
+    """
+    lines = [f"tau         {_span(found['tau_per_layer'].values()) if tau is None else f'{tau:.6g}'}"]
+    theta_x, theta_h = (found[f"{knob}_per_layer"].values() for knob in ("theta_x", "theta_h"))
+    if any(theta_x) or any(theta_h):
+        lines.append(f"thresholds  on inputs {_span(theta_x)}; on neurons {_span(theta_h)}")
+    return lines
+
+
+def _span(values: Collection[float]) -> str:
+    return f"{min(values):.4g} to {max(values):.4g}, layer by layer"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> Iterable[str]:

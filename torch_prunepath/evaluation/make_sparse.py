@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_prunepath.config import SparsifyConfig, check_sparsity, check_tau
+from torch_prunepath.budget import set_budget
+from torch_prunepath.config import SparsifyConfig, check_bytes, check_sparsity, check_tau
 from torch_prunepath.console.errors import UserError, as_user_error
 from torch_prunepath.conversion import sparsify
 from torch_prunepath.discover import Which
@@ -22,6 +23,7 @@ from torch_prunepath.evaluation.models import longest_context
 from torch_prunepath.inputs.check import check_ids
 from torch_prunepath.inputs.front import as_batch
 from torch_prunepath.layer import RoutedExperts
+from torch_prunepath.layer.manifest import KNOBS
 from torch_prunepath.layer.views import sparse_layers
 from torch_prunepath.sparsity import layer_tau, set_sparsity
 
@@ -53,25 +55,33 @@ class Asked:
     settings: dict[str, Any]
     include: Any = None
     exclude: Any = None
+    bytes: float | None = None
 
     @classmethod
-    def of(cls, tau: Any, sparsity: Any, text: str | None, options: dict[str, Any]) -> Asked:
+    def of(cls, tau: Any, sparsity: Any, bytes: Any, text: str | None, options: dict[str, Any]) -> Asked:
         """Remove the settings from ``options``, and check them.
 
         Raises:
-            UserError: if a value is out of range, tau and sparsity are both given, or the text cannot be read.
+            UserError: if a value is out of range, two of tau, sparsity and bytes are given, or the text cannot be read.
         """
         settings = {name: options.pop(name) for name in SETTINGS if name in options}
-        tau, sparsity = _number("tau", tau), _number("sparsity", sparsity)
+        tau, sparsity, bytes = _number("tau", tau), _number("sparsity", sparsity), _number("bytes", bytes)
+        if bytes is not None and (tau is not None or sparsity is not None):
+            other = "tau" if sparsity is None else "sparsity"
+            raise UserError(
+                f"{other} and bytes are both given, but bytes sets tau and thresholds: give only one of them"
+            )
         if tau is not None and sparsity is not None:
             raise UserError("tau and sparsity are both given, but sparsity searches for a tau: give only one of them")
         with as_user_error(ValueError, TypeError):
             SparsifyConfig(**settings)
             tau = None if tau is None else check_tau(tau)
             sparsity = None if sparsity is None else check_sparsity(sparsity)
+            bytes = None if bytes is None else check_bytes(bytes)
         if text is not None:
             load_corpus(text)  # only to see now whether it can be read
-        return cls(tau, sparsity, text, settings, *(_patterns(options.pop(name, None)) for name in CHOICES))
+        include, exclude = (_patterns(options.pop(name, None)) for name in CHOICES)
+        return cls(tau, sparsity, text, settings, include, exclude, bytes)
 
     @property
     def about_experts(self) -> list[str]:
@@ -134,6 +144,33 @@ def reach_sparsity(model: nn.Module, sparsity: float, window_NC: Tensor, front: 
         ValueError: if no tau realises that sparsity.
     """
     return set_sparsity(model, sparsity, as_batch(search_windows(window_NC), front))
+
+
+def reach_bytes(model: nn.Module, share: float, window_NC: Tensor, front: int = 0) -> float:
+    """Measure the path of the model's budget on the windows, set the place where a token reads ``share`` of the bytes.
+
+    The first ``front`` tokens of each window are context only.
+
+    Returns:
+        The share that was read there.
+
+    Raises:
+        ValueError: if no place reads so little.
+    """
+    return set_budget(model, share, as_batch(window_NC, front))
+
+
+def holds_path(model: nn.Module) -> bool:
+    """Whether all sparse layers have a path along which a budget moves."""
+    return all(layer.path for layer in sparse_layers(model).values())
+
+
+def in_force(model: nn.Module) -> dict[str, dict[str, float]]:
+    """What layers are set to, ready for JSON: ``tau_per_layer``, ``theta_x_per_layer`` and ``theta_h_per_layer``."""
+    layers = sparse_layers(model)
+    return {
+        f"{knob}_per_layer": {name: float(getattr(layer, knob)) for name, layer in layers.items()} for knob in KNOBS
+    }
 
 
 def search_windows(window_NC: Tensor) -> Tensor:

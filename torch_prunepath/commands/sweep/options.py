@@ -9,37 +9,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch_prunepath.commands.options import SETTINGS, TAUS
-from torch_prunepath.config import SparsifyConfig, check_sparsity, check_tau
+from torch_prunepath.commands.points import Point, at_bytes, at_sparsities, at_taus
+from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.console.options import option, settings
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where to evaluate: at ``tau``, or where the tau is that reaches ``sparsity`` on the calibration text."""
-
-    tau: float | None = None
-    sparsity: float | None = None
-
-    @property
-    def name(self) -> str:
-        """What a table calls it."""
-        return f"tau {self.tau:g}" if self.sparsity is None else f"sparsity {self.sparsity:g}"
-
-    @property
-    def dense(self) -> bool:
-        """Whether every expert is active there."""
-        return self.tau == 1.0 or self.sparsity == 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """Evaluate lm-eval tasks over a list of tau or of sparsities, and draw the curve.
+    """Evaluate lm-eval tasks over a list of tau, of sparsities or of bytes, and draw the curve.
 
     Attributes:
         model: name or folder of a causal language model, dense or sparse, or a GGUF file.
         tasks: lm-eval's tasks, groups or tags, with its wildcards; a comma separates them too.
         taus: thresholds, one row each (default: 0.97 0.95 0.9 0.8 0.7).
         sparsities: sparsities to find the tau of on the calibration text.
+        shares: shares of the FFNs' bytes that a token reads, in place of taus (set_budget).
         text: UTF-8 text to calibrate on (default: Python's help topics).
         limit: documents of each task, or their share if below 1.
         num_fewshot: examples in a prompt (default: the task's own).
@@ -60,6 +44,7 @@ class SweepOptions:
     tasks: Sequence[str] = option(metavar="TASK")
     taus: Sequence[float] | None = option("--tau", default=None, one_of="points")
     sparsities: Sequence[float] | None = option("--sparsity", default=None, one_of="points", metavar="SHARE")
+    shares: Sequence[float] | None = option("--bytes", default=None, one_of="points", metavar="SHARE")
     text: str | None = option(default=None, metavar="FILE")
     limit: float | None = option(default=None, metavar="N")
     num_fewshot: int | None = option(default=None, metavar="N")
@@ -73,8 +58,10 @@ class SweepOptions:
     settings: Mapping[str, Any] = settings(SparsifyConfig, f"{SETTINGS}, for a dense model")
 
     def __post_init__(self) -> None:
-        if self.taus is not None and self.sparsities is not None:
-            raise ValueError("tau and sparsity are both given: give one list")
+        lists = {"tau": self.taus, "sparsity": self.sparsities, "bytes": self.shares}
+        given = [name for name, values in lists.items() if values is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given: give one list")
         if self.limit is not None and self.limit <= 0:
             raise ValueError(f"limit={self.limit:g} leaves no document: give a positive number")
         assert self.config and self.points
@@ -97,7 +84,8 @@ class SweepOptions:
     @cached_property
     def points(self) -> list[Point]:
         """Where to evaluate, from dense to sparse, once each."""
+        if self.shares is not None:
+            return at_bytes(self.shares)
         if self.sparsities is not None:
-            return [Point(sparsity=share) for share in sorted({check_sparsity(s) for s in self.sparsities})]
-        taus = TAUS if self.taus is None else self.taus
-        return [Point(tau=tau) for tau in sorted({check_tau(tau) for tau in taus}, reverse=True)]
+            return at_sparsities(self.sparsities)
+        return at_taus(TAUS if self.taus is None else self.taus)

@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch_prunepath.commands.sweep.options import Point, SweepOptions
+from torch_prunepath.budget import set_budget
+from torch_prunepath.commands.points import Point
+from torch_prunepath.commands.sweep.options import SweepOptions
 from torch_prunepath.commands.sweep.plot import save_plot
 from torch_prunepath.commands.sweep.scores import Score, headline, scores_of
 from torch_prunepath.console import report
@@ -22,7 +24,15 @@ from torch_prunepath.console.output import RESULTS, is_output_of, output_folder,
 from torch_prunepath.discover import discover
 from torch_prunepath.evaluation import lm_eval as harness
 from torch_prunepath.evaluation.corpus import Corpus, load_corpus
-from torch_prunepath.evaluation.make_sparse import fit_windows, holds_sparse_layers, make_sparse, reach_sparsity
+from torch_prunepath.evaluation.make_sparse import (
+    fit_windows,
+    holds_path,
+    holds_sparse_layers,
+    make_sparse,
+    model_tau,
+    reach_bytes,
+    reach_sparsity,
+)
 from torch_prunepath.evaluation.models import load_model
 from torch_prunepath.inputs.front import front_tokens
 from torch_prunepath.layer.saving import describe
@@ -57,12 +67,23 @@ def run(options: SweepOptions, command_line: str = "") -> dict[str, Any]:
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The results as people read them: one row a tau, the most telling metric of each task."""
+    """The results as people read them: one row a point, the most telling metric of each task."""
     model, headlines = results["model"], results["headlines"]
-    lines = [("", "tau", "sparsity", *(f"{task} {metric}" for task, metric in headlines.items()))]
+    by_bytes = any("target_bytes" in row for row in results["rows"])
+    lines = [
+        (
+            "",
+            "tau",
+            "sparsity",
+            *(("bytes read",) if by_bytes else ()),
+            *(f"{task} {metric}" for task, metric in headlines.items()),
+        )
+    ]
     for row in results["rows"]:
         cells = [f"{row['scores'][task][metric]['value']:.4g}" for task, metric in headlines.items()]
-        lines.append((row["name"], f"{row['tau']:.6g}", f"{row['sparsity']:.1%}", *cells))
+        read = (f"{row['bytes']:.1%}",) if by_bytes else ()
+        tau = "by layer" if row["tau"] is None else f"{row['tau']:.6g}"
+        lines.append((row["name"], tau, f"{row['sparsity']:.1%}", *read, *cells))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     text = [
         f"model       {model['name']} ({model['parameters'] / 1e6:.1f} M parameters, {model['dtype']})",
@@ -89,6 +110,7 @@ class _Sweep:
         self._model, self._tokenizer = _load(options)
         self._headlines: dict[str, str] = {}
         self._skipped: list[dict[str, str]] = []
+        self._has_path = options.text is None and self._sparse and holds_path(self._model)
         if self._sparse and options.about_experts:
             flags = ", ".join(map(flag, options.about_experts))
             raise UserError(f"{options.model} is sparse already: leave out {flags}")
@@ -130,7 +152,7 @@ class _Sweep:
         """The reference and every point. A dense model is sparse afterwards."""
         if self._sparse:
             self._config = describe(self._model).config
-            reference = self._at(Point(tau=1.0))
+            reference = self._at(Point(tau=1.0) if self._options.shares is None else Point(bytes=1.0))
             points = [point for point in points if not point.dense]
         else:
             reference = self._dense()
@@ -144,20 +166,32 @@ class _Sweep:
         from lm_eval.models.huggingface import HFLM
 
         lm = HFLM(pretrained=self._model, tokenizer=self._tokenizer, batch_size=self._options.batch_size)
-        return self._told(self._row("dense", lm) | {"tau": 1.0, "sparsity": 0.0, "tokens": None})
+        return self._told(self._row("dense", lm) | {"tau": 1.0, "sparsity": 0.0, "bytes": 1.0, "tokens": None})
 
     def _at(self, point: Point) -> dict[str, Any]:
-        if point.sparsity is None:
-            assert point.tau is not None
-            tau = point.tau
-        else:
-            front = front_tokens(self._tokenizer)
-            tau = reach_sparsity(self._model, point.sparsity, self._window_NC, front)
-        set_tau(self._model, tau)
+        tau = self._move_to(point)
         self._lm.reset_sparsity()
         row = self._row(point.name, self._lm)
         found = self._lm.sparsity_info()
-        return self._told(row | {"tau": tau, "sparsity": found["sparsity"], "tokens": found["tokens"]})
+        row |= {"tau": tau, **{key: found[key] for key in ("sparsity", "bytes", "tokens")}}
+        return self._told(row | ({} if point.bytes is None else {"target_bytes": point.bytes}))
+
+    def _move_to(self, point: Point) -> float | None:
+        """Set the model as asked; return its tau, or None where layers have their own."""
+        if point.bytes is not None:
+            if self._has_path:
+                set_budget(self._model, point.bytes)
+            else:
+                say("measuring what settings save and cost")
+                reach_bytes(self._model, point.bytes, self._window_NC, front_tokens(self._tokenizer))
+                self._has_path = True
+            return model_tau(self._model)
+        tau = point.tau
+        if point.sparsity is not None:
+            tau = reach_sparsity(self._model, point.sparsity, self._window_NC, front_tokens(self._tokenizer))
+        assert tau is not None
+        set_tau(self._model, tau)
+        return tau
 
     def _told(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row, said on standard error as soon as it is there: a sweep may take hours."""
