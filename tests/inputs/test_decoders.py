@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torch_prunepath
+from torch_prunepath import SparsifyConfig
 from torch_prunepath.inputs.data import as_inputs, iterate_inputs, rows_together
 from torch_prunepath.inputs.rows import small_part, spread
 
@@ -122,6 +123,31 @@ def test_one_row_is_enough_for_other_models() -> None:
     assert rows_together(inputs, model) == 1
     assert small_part({"input_ids": IDS})["input_ids"].shape == (1, 8)
     assert rows_together({"input_ids": IDS}, Picky(False, False)) == 1  # it tells why where it is run
+
+
+class Listening(nn.Module):
+    """An FFN that reads the tokens of sound only, whose ids are 90 and above, and one that reads all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, 16)
+        self.sound, self.text = (nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids)
+        is_sound = input_ids >= 90
+        x = x.masked_scatter(is_sound[..., None], self.sound(x[is_sound]))
+        return self.text(x)
+
+
+def test_an_ffn_that_is_called_with_no_token_is_not_reached() -> None:
+    model = Listening().eval()
+    with pytest.raises(ValueError, match=r"does not reach 1 of 2 FFNs \(the first: sound\).*exclude='sound'"):
+        torch_prunepath.sparsify(model, calibration=IDS, config=SparsifyConfig(expert_size=8), progress=False)
+    with pytest.raises(ValueError, match="holds no sparse FFN"):
+        torch_prunepath.sparse_layers(model)
+    torch_prunepath.sparsify(model, calibration=IDS + 5, config=SparsifyConfig(expert_size=8), progress=False)
+    assert len(torch_prunepath.sparse_layers(model)) == 2
 
 
 @settings(deadline=None)

@@ -33,7 +33,7 @@ def visit_inputs(
     (shared layers) is visited once, with an even share of each call's tokens.
 
     Raises:
-        ValueError: if these inputs do not run some FFN.
+        ValueError: if these inputs do not run some FFN, or with no token that counts.
     """
     calls = check_reached(model, views, inputs)
     kept: dict[str, list[Tensor]] = {view.site: [] for view in views}
@@ -49,7 +49,10 @@ def visit_inputs(
             parts.append(x_ND[len(parts) :: calls[view.site]])
             remaining -= 1
             if len(parts) == calls[view.site]:
-                visit(view, torch.cat(parts))
+                data_ND = torch.cat(parts)
+                if not len(data_ND):  # an FFN that reads images, or sound, is called with no token where there is none
+                    raise ValueError(_not_reached([view], views))
+                visit(view, data_ND)
                 parts.clear()
             if remaining == 0:
                 raise _LastFFNSeen
@@ -70,15 +73,20 @@ def check_reached(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) ->
         ValueError: if these inputs do not run some FFN.
     """
     calls = _count_calls(model, views, inputs)
-    missed = [view.site for view in views if not calls[view.site]]
+    missed = [view for view in views if not calls[view.site]]
     if missed:
-        raise ValueError(
-            f"calibration data does not reach {len(missed)} of {len(views)} FFNs (the first: {missed[0]}): pass inputs "
-            f"that run the whole model (images too, for an FFN that reads images), leave such FFNs dense "
-            f"(exclude={missed[0]!r}), or take a config with budget='uniform', partition='kmeans', router='centroid', "
-            "which needs no data"
-        )
+        raise ValueError(_not_reached(missed, views))
     return calls
+
+
+def _not_reached(missed: Sequence[FFNView], views: Sequence[FFNView]) -> str:
+    first = missed[0].site
+    return (
+        f"calibration data does not reach {len(missed)} of {len(views)} FFNs (the first: {first}): pass inputs "
+        f"that run the whole model (images too, for an FFN that reads images), leave such FFNs dense "
+        f"(exclude={first!r}), or take a config with budget='uniform', partition='kmeans', router='centroid', "
+        "which needs no data"
+    )
 
 
 def _count_calls(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> dict[str, int]:
