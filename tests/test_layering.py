@@ -34,6 +34,7 @@ ROOMS = [
     "sparsity",
     "thresholds",
     "experts",
+    "budget",
     "conversion",
     "card",
     "integrations.transformers",
