@@ -25,6 +25,7 @@ from torch_prunepath.layer import ExpertsSpec, RoutedExperts
 from torch_prunepath.layer.buffers import Float32Buffers
 from torch_prunepath.layer.ffn import FFNView, bias_of, weight_out_in
 from torch_prunepath.layer.handoff import Chosen, Handoff
+from torch_prunepath.layer.hooks import StandIn
 from torch_prunepath.layer.norms import column_norms, refresh_after_loading, row_norms
 from torch_prunepath.layer.router import Router
 from torch_prunepath.layer.sparse import Neurons, Norms
@@ -96,10 +97,10 @@ NORMS = ("column_norm_D", "row_norm_F")
 """Buffers of an adapter that hold norms of the base model's weights."""
 
 
-class InExpertOrder(nn.Module):
+class InExpertOrder(StandIn):
     """A projection of the FFN, without the adapters around it, as if its neurons stood in the active adapter's order.
 
-    For what reads an FFN's weights expert by expert. It is never called: hooks on it go to the module that is.
+    For what reads an FFN's weights expert by expert.
 
     Args:
         layer: the layer whose FFN it is.
@@ -132,9 +133,13 @@ class InExpertOrder(nn.Module):
         bias = bias_of(innermost(self._module()))
         return bias if bias is None or self.part == "down" else bias.index_select(0, self._order())
 
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Hook into the module that runs, in place of this one."""
-        return self._module().register_forward_pre_hook(*args, **kwargs)
+    def called_first(self) -> nn.Module:
+        """The module that runs, other adapters around it included."""
+        return self._module()
+
+    def called_last(self) -> nn.Module:
+        """The same module."""
+        return self._module()
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -142,7 +147,7 @@ def innermost(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-class PrunePathLayer(RoutedExperts, BaseTunerLayer):
+class PrunePathLayer(StandIn, RoutedExperts, BaseTunerLayer):
     """The adapters of one FFN, as a child of the module that holds it: ``<FFN>.prunepath``.
 
     To the library it is a sparse layer, that of the active adapter; to PEFT a tuner layer.
@@ -271,10 +276,13 @@ class PrunePathLayer(RoutedExperts, BaseTunerLayer):
         self.refresh_norms()
         return self
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Hook into the module that gives the FFN's output: this one is never called."""
-        last = self.module_of("down") if self.spec.split else vars(self)["owner"]
-        return last.register_forward_hook(*args, **kwargs)
+    def called_first(self) -> nn.Module:
+        """The module that gets the FFN's input."""
+        return self.module_of("up") if self.spec.split else vars(self)["owner"]  # type: ignore[no-any-return]
+
+    def called_last(self) -> nn.Module:
+        """The module that gives the FFN's output."""
+        return self.module_of("down") if self.spec.split else vars(self)["owner"]  # type: ignore[no-any-return]
 
     # Watching the FFN.
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch_prunepath.config import check_bytes, check_tau
 from torch_prunepath.experts.budget import fisher_information
 from torch_prunepath.experts.path import LayerCosts, Point, Setting, layer_path, shared_out
-from torch_prunepath.inputs.data import Inputs, as_inputs, evaluating
-from torch_prunepath.inputs.front import front_of
-from torch_prunepath.inputs.rows import count_rows, take_rows
-from torch_prunepath.inputs.visit import quiet, visit_inputs
+from torch_prunepath.inputs.data import Inputs, as_inputs, evaluating, rows_together
+from torch_prunepath.inputs.front import front_of, quiet
+from torch_prunepath.inputs.rows import count_rows, spread, take_rows
+from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.hooks import eagerly
@@ -170,7 +170,7 @@ def _measured_path(
         with contextlib.suppress(ValueError):  # beyond the ends of all paths
             steps.append(shared_out(paths, sizes, target))
     steps.append({name: path[-1].setting for name, path in paths.items()})
-    some = _some_rows(inputs)
+    some = _some_rows(inputs, model)
     read: list[float] = []
     kept: list[dict[str, Setting]] = []
     for settings in progress_bar(steps, desc="measuring bytes", unit="setting", progress=progress):
@@ -214,14 +214,15 @@ def _ffn_bytes(view: FFNView) -> float:
     return float(sum(weight.numel() * weight.element_size() for weight in weights))
 
 
-def _some_rows(inputs: Inputs) -> list[Inputs]:
+def _some_rows(inputs: Inputs, model: nn.Module) -> list[Inputs]:
     """Single rows, evenly spread, with at most ``READ_TOKENS`` tokens in all; what cannot be cut stays as it is."""
     rows = count_rows(inputs)
     if rows is None:
         return [inputs]
     width = inputs["input_ids"].shape[1] if "input_ids" in inputs else READ_TOKENS // 8
-    chosen = torch.linspace(0, rows - 1, max(1, min(rows, READ_TOKENS // width))).round().long().tolist()
-    return [take_rows(inputs, slice(i, i + 1)) for i in chosen]
+    together = rows_together(inputs, model)
+    chosen = spread(rows, min(rows, READ_TOKENS // width), together)[::together].tolist()
+    return [take_rows(inputs, slice(i, i + together)) for i in chosen]
 
 
 @torch.no_grad()

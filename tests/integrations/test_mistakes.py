@@ -21,7 +21,15 @@ from torch.distributed import HashStore, destroy_process_group, init_process_gro
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import prune
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    EncodecConfig,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
+    T5Config,
+)
 
 from torch_prunepath import (
     SparsifyConfig,
@@ -207,6 +215,19 @@ on_dense("calibration data of padding alone")(
 )
 on_dense("token ids of another model")(lambda model, _: given(model, [[1, 2, 300] * 8] * 3))
 on_sparse("a negative token id")(lambda model, _: set_sparsity(model, 0.3, {"input_ids": [[1, -100] * 8]}))
+
+
+@on_dense("token ids for a decoder that takes several codes a token")
+def _(model: Model, folder: Path) -> None:
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MusicgenConfig(
+        text_encoder=T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4),
+        audio_encoder=EncodecConfig(num_filters=4, hidden_size=32, codebook_dim=32, codebook_size=128),
+        decoder=MusicgenDecoderConfig(**sizes, vocab_size=128, num_codebooks=4),
+    )
+    given(MusicgenForConditionalGeneration(config), token_ids())
+
+
 on_dense("calibration data that are no data")(lambda model, _: given(model, [{1, 2, 3}]))
 
 

@@ -34,6 +34,8 @@ from torch_prunepath import (
 )
 from torch_prunepath.config import SparsifyConfig
 from torch_prunepath.integrations.peft import PrunePathConfig
+from torch_prunepath.layer.hooks import after_call, before_call
+from torch_prunepath.layer.views import sparse_views
 
 STRUCTURES = ["llama", "gpt2", "opt", "bert", "phi3", "t5_gated", "modernbert"]
 
@@ -315,6 +317,29 @@ def test_the_library_s_own_tools_work_on_adapters(llama: tuple[Path, dict[str, A
         fit_routers(sparse, [token_ids(5)], progress=False)
     for mine, theirs in zip(sparse_layers(model).values(), sparse_layers(expected).values(), strict=True):
         close(mine.router.weight, theirs.router.weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_hooks_reach_what_runs(name: str) -> None:
+    """Layers of adapters, and their views of projections, are never called themselves."""
+    base, inputs = ARCHITECTURES[name]()
+    model = get_peft_model(base, config(token_ids()))
+    (site, layer), *_ = sparse_layers(model).items()
+    view, widths = sparse_views(model)[site], {}
+    for key, module in {"layer": layer, "up": view.up, "down": view.down}.items():
+        for way, before, after in (
+            ("torch", type(module).register_forward_pre_hook, type(module).register_forward_hook),
+            ("ours", before_call, after_call),
+        ):
+            before(module, lambda _, args, *more, k=f"{way} {key} in": widths.__setitem__(k, args[0].shape[-1]))
+            after(module, lambda _, args, y, k=f"{way} {key} out": widths.__setitem__(k, y.shape[-1]))
+    output(model, inputs)
+    hidden, neurons = layer.ffn.hidden_size, layer.ffn.ffn_size
+    ends = {"layer": (hidden, hidden), "up": (hidden, neurons), "down": (neurons, hidden)}
+    expected = {
+        f"{key} {end}": width for key, pair in ends.items() for end, width in zip(("in", "out"), pair, strict=True)
+    }
+    assert widths == {f"{way} {key}": width for way in ("torch", "ours") for key, width in expected.items()}
 
 
 def test_without_data_the_model_writes_its_own_text(llama: tuple[Path, dict[str, Any]]) -> None:

@@ -11,8 +11,9 @@ from torch_prunepath import sparse_layers
 
 
 def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks, names = run_blocks("transformers.md", tmp_path, monkeypatch)
-    assert blocks == 7
-    assert len(sparse_layers(names["model"])) == 2
+    # Three layers: one that is neither the first nor the last.
+    blocks, names = run_blocks("transformers.md", tmp_path, monkeypatch, layers=3)
+    assert blocks == 8
+    assert len(sparse_layers(names["model"])) == 3
     card = (tmp_path / "sparse" / "README.md").read_text()
     assert "| layer | neurons | experts | tau | sparsity |" in card

@@ -227,7 +227,7 @@ def test_a_mask_over_sound_is_not_one_over_tokens() -> None:
     frames[0, 12:] = 0
     with record_sparsity(model) as record, torch.no_grad():
         model(**inputs, attention_mask=frames)
-    found = {name: int(count) for name, count in record._tokens.items()}
+    found = {name: int(tally.tokens) for name, tally in record._tallies.items()}
     assert found == {name: 2 * 12 if "encoder" in name else 2 * 7 for name in sparse_layers(model)}
 
 
@@ -247,6 +247,6 @@ def test_what_a_decoder_writes_counts(beams: int, cache: str) -> None:
             do_sample=False,
             cache_implementation=cache,
         )
-        tokens = {name: int(count) for name, count in record._tokens.items()}
+        tokens = {name: int(tally.tokens) for name, tally in record._tallies.items()}
     expected = {name: sum(SOURCE) if "encoder" in name else 5 * 4 * beams for name in sparse_layers(model)}
     assert tokens == expected

@@ -25,6 +25,7 @@ from transformers import (
     LlamaForQuestionAnswering,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    pipeline,
 )
 
 from torch_prunepath import SparsifyConfig, densify, describe, load, rebuild, set_tau, sparse_layers, sparsify
@@ -293,3 +294,24 @@ def test_a_router_is_missed_though_another_part_has_one_like_it(tmp_path: Path) 
     for cls in (T5EncoderModel, T5ForConditionalGeneration):
         with pytest.raises(ValueError, match=rf"{lost} is missing from the weights"):
             cls.from_pretrained(tmp_path)
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------------
+
+READERS = [name for name, make in ARCHITECTURES.items() if set(make()[1]) == {"input_ids"}]
+
+
+@pytest.mark.parametrize("name", [n for n in READERS if hasattr(ARCHITECTURES[n]()[0], "save_pretrained")])
+def test_pipelines_load_every_class_that_reads_text(name: str, tmp_path: Path) -> None:
+    model, _ = ARCHITECTURES[name]()
+    sparsify(model, 0.4, config=CONFIG, progress=False)
+    model.save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    text = "TO-BE-OR-NOT-42"  # bytes that the small vocabularies have
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert int(ids.max()) < 96
+    reader = pipeline("feature-extraction", model=str(tmp_path), tokenizer=tokenizer, device="cpu")
+    assert list(sparse_layers(reader.model)), "sparse in the pipeline, too"
+    found = torch.tensor(reader(text))
+    base = getattr(model, model.base_model_prefix, model)
+    assert torch.equal(found, output(base, {"input_ids": ids})[None].reshape(found.shape))

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 HIDDEN, HEADS, WIDTH, LAYERS, VOCABULARY = 32, 4, 64, 2, 128
 IMAGE, PATCH, POSITIONS, EXPERTS = 64, 16, 256, 8
-LARGEST = 12_000_000
+LARGEST = 16_000_000
 """Parameters of the largest model that is built: more take too long and too much memory for a sweep."""
 
 SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|vocab_size_per_\w+|\w*_vocab_size|codebook_size|n_vocab", VOCABULARY),
     (r"\w*(intermediate|ffn|feedforward|feed_forward)\w*(size|dim)\w*", WIDTH),
-    (r"d_ff|n_inner|dim_feedforward|mlp_dim|\w*d_inner", WIDTH),
+    (r"d_ff|dff|dim_ff|n_inner|dim_feedforward|mlp_dim|\w*d_inner", WIDTH),
     (r"num_key_value_heads|num_kv_heads|n_kv_heads|multi_query_group_num", 2),
     (r"\w*(num|n)_\w*heads?|\w*attention_heads|n_heads?|num_heads", HEADS),
     (r"\w*head_dim|d_kv|kv_channels|d_head|attention_head_size|\w*attention_head_dim", HIDDEN // HEADS),
@@ -67,7 +67,7 @@ def _shrunk(values: dict[str, Any], kept: re.Pattern[str], two_heads: bool) -> d
     before = {value for name, value in values.items() if isinstance(value, int) and _rule(name) == LAYERS}
     changed: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict) and name.endswith("config"):
+        if isinstance(value, dict) and (name.endswith("config") or "model_type" in value):
             changed[name] = _shrunk(value, kept, two_heads)
         elif isinstance(value, list) and len(value) in before and len(value) > LAYERS:  # one entry a layer
             changed[name] = value[:LAYERS]
@@ -184,7 +184,10 @@ def _values(name: str, config: Any) -> list[Tensor]:
         return torch.randn(*shape, generator=generator)
 
     if name in ("input_ids", "decoder_input_ids"):
-        return [torch.randint(3, 99, (2, 12), generator=generator)]
+        # Decoders of several codes a token take a row for each code.
+        coded = name == "decoder_input_ids" or not getattr(config, "is_encoder_decoder", False)
+        codes = _find(config, "num_codebooks", otherwise=0) if coded else 0
+        return [torch.randint(3, 99, (rows, 12), generator=generator) for rows in (2, 2 * codes) if rows]
     if name == "query_embeds":
         return [noise(2, 4, _find(config, "hidden_size", otherwise=HIDDEN))]
     if name == "bbox":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import time
 
 import pytest
 import torch
@@ -18,17 +19,15 @@ DAY = os.environ.get("PRUNEPATH_STRESS_DAY", datetime.date.today().isoformat())
 """The day whose sample is tested; PRUNEPATH_STRESS_DAY=2026-11-28 tests that day's again."""
 SAMPLE = 12
 FAMILIES = ("LlamaModel", "GPT2Model", "OPTModel", "BertModel", "T5Model", "ViTModel", "WhisperModel")
-CODES = "its decoder takes several codes for each token, and calibration gives it token ids"
-KNOWN = dict.fromkeys(
-    (
-        "DiaForConditionalGeneration",
-        "DiaModel",
-        "MusicgenForConditionalGeneration",
-        "MusicgenMelodyForConditionalGeneration",
-        "MusicgenMelodyModel",
-    ),
-    CODES,
+CODES = (
+    "DiaForConditionalGeneration",
+    "DiaModel",
+    "MusicgenForConditionalGeneration",
+    "MusicgenMelodyForConditionalGeneration",
+    "MusicgenMelodyModel",
 )
+"""Classes whose decoders take several codes for each token."""
+KNOWN: dict[str, str] = {}
 """Classes that are known to be wrong, with the reason: the sample leaves them out."""
 
 
@@ -42,8 +41,8 @@ def entry_of(name: str):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_tested_families_are_right(name: str) -> None:
+@pytest.mark.parametrize("name", FAMILIES + CODES)
+def test_tested_families_and_decoders_of_codes_are_right(name: str) -> None:
     result = check_apart(entry_of(name))
     assert result.outcome == "right", result
     assert result.layers >= 2
@@ -102,6 +101,27 @@ def test_a_crash_is_a_line_of_the_table(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert len(read(file)) == 1
     assert "| MODEL | 0 | 0 | 0 | 1 |" in capsys.readouterr().out
     assert "| all | 1 | 0 | 0 | 0 |" in table([Result("MODEL", "a", "A", "right", "")])
+
+
+def _compute(entry: object) -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("limit", "check", "detail"),
+    [
+        ("SECONDS", _compute, "more than 1 s of processor time"),
+        ("WALL_SECONDS", lambda entry: time.sleep(60), "more than 1 s by the clock"),
+    ],
+)
+def test_a_class_that_takes_too_long_is_not_built(limit, check, detail, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from tests.stress import classes
+
+    monkeypatch.setattr(classes, "check", check)
+    monkeypatch.setattr(classes, limit, 1)
+    result = check_apart(entry_of("LlamaModel"))
+    assert (result.outcome, result.detail) == ("not built", detail)
 
 
 def test_models_that_draw_noise_are_compared_with_the_same_noise() -> None:

@@ -13,15 +13,17 @@ from tiny_llama import save_tiny_llama
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def run_blocks(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+def run_blocks(
+    page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, layers: int = 2
+) -> tuple[int, dict[str, Any]]:
     """Run them in order in one namespace, in ``folder``, offline; how many they are, and the names they leave.
 
-    They find ``name``, the folder of a tiny model, and ``texts``.
+    They find ``name``, the folder of a tiny model of so many layers, and ``texts``.
     """
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names: dict[str, Any] = {
-        "name": str(save_tiny_llama(folder / "base")),
+        "name": str(save_tiny_llama(folder / "base", layers)),
         "texts": [f"{'abcdefghij' * i} is a text, and {i} is its number." for i in range(1, 9)],
     }
     torch.manual_seed(0)

@@ -37,8 +37,8 @@ def tiny_llama(seed: int = 0, num_hidden_layers: int = 2, num_key_value_heads: i
     return LlamaForCausalLM(config).eval()
 
 
-def save_tiny_llama(folder: Path) -> Path:
-    tiny_llama().save_pretrained(folder)
+def save_tiny_llama(folder: Path, num_hidden_layers: int = 2) -> Path:
+    tiny_llama(num_hidden_layers=num_hidden_layers).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

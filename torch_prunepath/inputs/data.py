@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from torch_prunepath.inputs.check import NOT_FINITE, check_ids, check_tokens, check_weights
 from torch_prunepath.inputs.forms import read
-from torch_prunepath.inputs.front import added_tokens, as_batch, front_of
-from torch_prunepath.inputs.rows import count_rows, take_rows
+from torch_prunepath.inputs.front import added_tokens, as_batch, front_of, quiet
+from torch_prunepath.inputs.rows import count_rows, small_part, spread, take_rows
 from torch_prunepath.inputs.text import Row, row_length, text_rows
 from torch_prunepath.progress import progress_bar
 
@@ -47,7 +47,7 @@ def as_inputs(calibration: Any, model: nn.Module, tokenizer: Any = None, tokens:
 
     Raises:
         ValueError: if there is no data or no token in it, a tokenizer for texts is missing, batches do not fit
-            together, or an id is outside the model's vocabulary.
+            together, an id is outside the model's vocabulary, or a decoder needs inputs of its own.
         TypeError: if the data is of another type.
     """
     found = read(calibration, model, tokenizer, tokens)
@@ -68,14 +68,60 @@ def _joined(batches: list[Inputs], model: nn.Module, tokenizer: Any = None, toke
     check_tokens(inputs)
     if ids is not None:
         check_ids(ids, model, tokenizer)
+    inputs = _with_decoder_ids(inputs, model)
     if ids is not None and tokens is not None and ids.dim() == 2 and ids.numel() > tokens:
         rows, count = max(1, tokens // ids.shape[1]), count_rows(inputs)
         if count is not None and rows < count:
-            inputs = take_rows(inputs, torch.linspace(0, count - 1, rows).round().long())
-    if _is_encoder_decoder(model) and ids is not None and not inputs.keys() & {"decoder_input_ids", "labels"}:
-        inputs["decoder_input_ids"] = inputs["input_ids"]
+            inputs = take_rows(inputs, spread(count, rows, rows_together(inputs, model)))
     device = next(model.parameters()).device
     return {key: _ordinary(value.to(device)) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def _with_decoder_ids(inputs: Inputs, model: nn.Module) -> Inputs:
+    """Give token ids to the decoder of an encoder-decoder as well, if the model runs with them there.
+
+    Some decoders take several codes for each token, and make their first ones themselves.
+
+    Raises:
+        ValueError: if the model runs neither with the ids there nor without.
+    """
+    told = inputs.keys() & {"decoder_input_ids", "labels"}
+    if not _is_encoder_decoder(model) or "input_ids" not in inputs or told:
+        return inputs
+    copied = {**inputs, "decoder_input_ids": inputs["input_ids"]}
+    with_ids = _failure(model, small_part(copied)) and _failure(model, copied)
+    if with_ids is None:
+        return copied
+    without = _failure(model, small_part(inputs)) and _failure(model, inputs)
+    if without is None:
+        return inputs
+    raise ValueError(
+        f"the model runs neither with input_ids as its decoder_input_ids ({type(with_ids).__name__}: {with_ids}) nor "
+        f"without decoder_input_ids ({type(without).__name__}: {without}): pass decoder_input_ids beside input_ids, in "
+        "the shape that its decoder takes"
+    ) from with_ids
+
+
+def rows_together(inputs: Inputs, model: nn.Module) -> int:
+    """How many rows the model takes at the least: 1, or more where several rows hold one text, one for each code.
+
+    It is 1 too where the model runs on no part of the inputs: it tells why when it is run.
+    """
+    rows = count_rows(inputs) or 1
+    sizes = (size for size in range(1, rows + 1) if rows % size == 0)
+    return next((size for size in sizes if _failure(model, small_part(inputs, size)) is None), 1)
+
+
+def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:
+    """What the model raises when it is run in evaluation mode; the random state is left as it was."""
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+        try:
+            model(**quiet(model, inputs))
+        except Exception as error:
+            return error
+    return None
 
 
 def _ordinary(value: Tensor) -> Tensor:

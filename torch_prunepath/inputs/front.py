@@ -9,12 +9,13 @@ Shapes: B rows, T tokens a row; N windows of C tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FRONT = "front_tokens"
 """Key of a batch beside the model's inputs: how many tokens at the start of each row are context only, an int."""
@@ -97,3 +98,14 @@ def front_of(batches: Sequence[Mapping[str, Any]]) -> int:
 def for_model(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch without what is not the model's."""
     return {key: value for key, value in batch.items() if key != FRONT}
+
+
+def quiet(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what is the model's, and add ``use_cache=False`` where the model has that option."""
+    inputs = for_model(batch)
+    if (
+        hasattr(getattr(model, "config", None), "use_cache")
+        and "use_cache" in inspect.signature(model.forward).parameters
+    ):
+        return {**inputs, "use_cache": False}
+    return inputs

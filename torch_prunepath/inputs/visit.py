@@ -6,7 +6,6 @@ Shapes: N tokens in all, D hidden size.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.inputs.data import Inputs, evaluating
-from torch_prunepath.inputs.front import for_model, front_of
+from torch_prunepath.inputs.front import front_of, quiet
 from torch_prunepath.inputs.padding import PaddingTracker
-from torch_prunepath.inputs.rows import count_rows, take_rows
+from torch_prunepath.inputs.rows import small_part
 from torch_prunepath.layer.ffn import FFNView
 
 
@@ -83,7 +82,10 @@ def check_reached(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) ->
 
 
 def _count_calls(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> dict[str, int]:
-    """Count how often one forward pass calls each FFN, with a pass over a small part of the inputs."""
+    """Count how often one forward pass calls each FFN, with a pass over a small part of the inputs if that runs.
+
+    It does not where rows belong together, such as the rows of several codes a token: then all of them are run.
+    """
     calls = {view.site: 0 for view in views}
 
     def count(view: FFNView) -> Callable[..., None]:
@@ -92,21 +94,15 @@ def _count_calls(model: nn.Module, views: Sequence[FFNView], inputs: Inputs) -> 
 
         return hook
 
-    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
-    # Shorter rows only where every input has them: a token's box or codebooks come in a tensor of another shape.
-    short = all(_is_ids(value) for value in tensors.values())
-    sliver = inputs if count_rows(inputs) is None else take_rows(inputs, slice(1))
-    if short:
-        sliver = {**sliver, **{key: sliver[key][:, :8] for key in tensors}}
     with evaluating(model), contextlib.ExitStack() as stack:
         for view in views:
             stack.enter_context(removing(view.up.register_forward_pre_hook(count(view))))
-        model(**quiet(model, sliver))
+        try:
+            model(**quiet(model, small_part(inputs)))
+        except Exception:
+            calls.update(dict.fromkeys(calls, 0))
+            model(**quiet(model, inputs))
     return calls
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 @contextlib.contextmanager
@@ -116,14 +112,3 @@ def removing(handle: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def quiet(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Keep what is the model's, and add ``use_cache=False`` where the model has that option."""
-    inputs = for_model(inputs)
-    if (
-        hasattr(getattr(model, "config", None), "use_cache")
-        and "use_cache" in inspect.signature(model.forward).parameters
-    ):
-        return {**inputs, "use_cache": False}
-    return inputs

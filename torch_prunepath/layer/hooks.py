@@ -16,13 +16,35 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
+class StandIn(nn.Module):
+    """A module that is never called; hooks that are put on it go to the modules that are called in its place."""
+
+    def called_first(self) -> nn.Module:
+        """The module whose input is what this one's would be."""
+        raise NotImplementedError
+
+    def called_last(self) -> nn.Module:
+        """The module whose output is what this one's would be."""
+        raise NotImplementedError
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """Hook into :meth:`called_first`."""
+        return self.called_first().register_forward_pre_hook(*args, **kwargs)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """Hook into :meth:`called_last`."""
+        return self.called_last().register_forward_hook(*args, **kwargs)
+
+
 def before_call(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
     """Call ``hook(module, args, kwargs)`` before each call of a module, as ``register_forward_pre_hook`` does."""
+    module = module.called_first() if isinstance(module, StandIn) else module
     return _put(hook, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
 
 
 def after_call(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
     """Call ``hook(module, args, output)`` after each call of a module, also after one that raised an error."""
+    module = module.called_last() if isinstance(module, StandIn) else module
     return _put(hook, module._forward_hooks, module._forward_hooks_always_called)
 
 

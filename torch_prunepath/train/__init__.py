@@ -1,6 +1,5 @@
 """Training sparse models: objective, schedules, a controller of realised sparsity, a loop.
 
-from torch_prunepath.layer.layout import contiguous
 from torch_prunepath.train import recipes, train
 train(model, batches, recipes.ours(steps=1000))
 """
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch_prunepath.layer.layout import contiguous
 from torch_prunepath.train import losses, recipes
 from torch_prunepath.train.compiling import compiled_blocks
 from torch_prunepath.train.config import TrainConfig

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_prunepath.inputs.data import Inputs
-from torch_prunepath.inputs.front import front_of
-from torch_prunepath.inputs.visit import quiet
+from torch_prunepath.inputs.front import front_of, quiet
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.sparsity import layer_tau
 from torch_prunepath.train.batches import as_dict, count_labels, count_tokens, is_causal, on_device, with_labels
