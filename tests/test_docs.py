@@ -103,7 +103,7 @@ def names_for(page: str, folder: Path) -> dict[str, Any]:
     """What the pages take for granted."""
     if page in COMPLETE:
         return {"__name__": page, "FOLDER": str(save_tiny_llama(folder / "base"))}
-    sparse = page in ("checkpoints.md", "choosing-tau.md", "compiling.md", "evaluating.md")
+    sparse = page in ("budgets.md", "checkpoints.md", "choosing-tau.md", "compiling.md", "evaluating.md")
     tokenizer = byte_tokenizer()
     return {
         "__name__": page,

@@ -194,7 +194,7 @@ class SparsityRecord:
     @property
     def shares_per_layer(self) -> dict[str, Shares]:
         """Shares of experts, inputs, neurons and bytes that each layer read, averaged over the tokens it saw."""
-        return {name: tally.shares() for name, tally in self._shares.items() if self._tallies[name].used}
+        return {name: tally.shares() for name, tally in self._used_shares().items()}
 
     @property
     def shares(self) -> Shares:
@@ -204,7 +204,10 @@ class SparsityRecord:
             ValueError: if no token ran through the model while recording.
         """
         self._check_ran()
-        return overall([tally for name, tally in self._shares.items() if self._tallies[name].used])
+        return overall(list(self._used_shares().values()))
+
+    def _used_shares(self) -> dict[str, ShareTally]:
+        return {n: tally for n, tally in self._shares.items() if n in self._tallies and self._tallies[n].used}
 
     @property
     def tokens(self) -> int:

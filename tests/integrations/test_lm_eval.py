@@ -255,7 +255,7 @@ def test_bytes_are_counted_in_compiled_models(manager: TaskManager) -> None:
         lm = PrunePathLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=2, backend=backend)
         found[backend] = evaluate(lm, manager)["config"]["prunepath"]
     assert found["eager"]["bytes"] == pytest.approx(found["default"]["bytes"], rel=1e-5)
-    assert found["eager"]["bytes"] < 0.9 * (1 - found["eager"]["sparsity"])
+    assert found["eager"]["bytes"] < 1 - found["eager"]["sparsity"], "fewer than active experts alone have"
 
 
 def test_without_measuring(sparse: Path, manager: TaskManager) -> None:
