@@ -23,9 +23,10 @@ from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.layer.hooks import eagerly
+from torch_prunepath.layer.norms import forget_norms
 from torch_prunepath.layer.saving import refresh
 from torch_prunepath.layer.sparse import Knot
-from torch_prunepath.layer.views import check_readable, sparse_layers, sparse_views, write_thresholds
+from torch_prunepath.layer.views import check_readable, norm_keepers, sparse_layers, sparse_views, write_thresholds
 from torch_prunepath.progress import progress_bar
 from torch_prunepath.sparsity import record_sparsity
 
@@ -140,13 +141,17 @@ def _write(layer: RoutedExperts, view: FFNView, setting: Setting) -> None:
 
 @contextlib.contextmanager
 def _restoring(layers: Mapping[str, RoutedExperts], views: Mapping[str, FFNView]) -> Iterator[None]:
-    """Give every layer its settings back at the end."""
+    """Give every layer its settings back at the end, and take away the norms that it had no use for before."""
     before = {n: Setting(float(v.tau), float(v.theta_x), float(v.theta_h)) for n, v in layers.items()}
+    keepers = [keeper for name, layer in layers.items() for keeper in norm_keepers(layer, views[name])]
+    without = [keeper for keeper in keepers if not keeper.has_norms]
     try:
         yield
     finally:
         for name, setting in before.items():
             _write(layers[name], views[name], setting)
+        for keeper in without:
+            forget_norms(keeper)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
