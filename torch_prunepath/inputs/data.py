@@ -18,6 +18,7 @@ from torch_prunepath.inputs.forms import read
 from torch_prunepath.inputs.front import added_tokens, as_batch, front_of, quiet
 from torch_prunepath.inputs.rows import count_rows, small_part, spread, take_rows
 from torch_prunepath.inputs.text import Row, row_length, text_rows
+from torch_prunepath.layer.hooks import eagerly
 from torch_prunepath.progress import progress_bar
 
 Inputs = dict[str, Any]
@@ -116,7 +117,7 @@ def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:
     """What the model raises when it is run in evaluation mode; the random state is left as it was."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model), eagerly():
         try:
             model(**quiet(model, inputs))
         except Exception as error:
