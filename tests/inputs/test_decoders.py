@@ -150,6 +150,16 @@ def test_an_ffn_that_is_called_with_no_token_is_not_reached() -> None:
     assert len(torch_prunepath.sparse_layers(model)) == 2
 
 
+def test_a_backbone_whose_first_output_is_a_tuple_is_converted() -> None:
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, image_size=32)
+    model = transformers.ConvNextBackbone(config).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    (dense,) = model(pixels).feature_maps
+    torch_prunepath.sparsify(model, calibration={"pixel_values": pixels}, tau=1.0, progress=False)
+    assert len(torch_prunepath.sparse_layers(model)) == 4
+    assert torch.allclose(model(pixels).feature_maps[0], dense, atol=1e-5)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 8))
 def test_whole_groups_are_spread_over_the_rows(groups: int, wanted: int, together: int) -> None:

@@ -1,6 +1,6 @@
 """Every class of transformers' AutoModel mappings, built small: is it right, refused in words, or wrong?
 
-    python -m tests.stress.classes --json out.jsonl            # all of them, an hour on one core
+    python -m tests.stress.classes --json out.jsonl            # all of them, half an hour on one core
     python -m tests.stress.classes --mapping MODEL_FOR_CAUSAL_LM --only LlamaForCausalLM,opt
 
 Each class runs in a process of its own, so that a crash or a hang is a line of the table. Checked are: tau = 1 against

@@ -147,8 +147,11 @@ def _loss(output: Any, generator: torch.Generator) -> Tensor:
         labels = torch.multinomial(flat.detach().exp().cpu(), 1, generator=generator).to(flat.device)
         return -flat.gather(1, labels).sum()
     first = output if isinstance(output, Tensor) else output[0]
-    direction = torch.randn(first.shape, generator=generator).to(first.device, first.dtype)
-    return (first * direction).sum()
+    loss = torch.zeros(())
+    for part in [first] if isinstance(first, Tensor) else first:  # a backbone's: one feature map a stage
+        direction = torch.randn(part.shape, generator=generator).to(part.device, part.dtype)
+        loss = loss.to(part.device, part.dtype) + (part * direction).sum()
+    return loss
 
 
 # --- cost of a layer --------------------------------------------------------------------------------------------------

@@ -117,8 +117,7 @@ def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:
     """What the model raises when it is run in evaluation mode; the random state is left as it was."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with eagerly(), random, evaluating(model):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model), eagerly():
         try:
             model(**quiet(model, inputs))
         except Exception as error:
