@@ -70,6 +70,14 @@ def test_fetch_downloads_once(tmp_path: Path, index: Path, monkeypatch: pytest.M
     assert fetch(FAKE, cache) == path
 
 
+def test_what_a_killed_download_left_goes_with_the_next(tmp_path: Path, index: Path) -> None:
+    leftover = tmp_path / "cache" / f".{Path(FAKE.member).name}.abcdefgh.partial"
+    leftover.mkdir(parents=True)
+    (leftover / "part").write_bytes(b"half of it")
+    path = fetch(FAKE, tmp_path / "cache")
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [path.name]
+
+
 def test_a_damaged_cache_is_replaced(tmp_path: Path, index: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(CONTENT[:-1])
     assert fetch(FAKE, tmp_path).read_bytes() == CONTENT

