@@ -169,7 +169,7 @@ def _measured_path(
     for name, setting in whole.items():
         _write(layers[name], views[name], setting)
     paths = _layer_paths(model, layers, views, inputs, start_tau, progress)
-    sizes = {name: _ffn_bytes(view) for name, view in views.items()}
+    sizes = {name: float(sum(view.num_bytes)) for name, view in views.items()}
     steps = [whole]
     for target in NOMINAL:
         with contextlib.suppress(ValueError):  # beyond the ends of all paths
@@ -212,11 +212,6 @@ def _layer_paths(
         with eagerly():
             visit_inputs(model, every, inputs, visit)
     return paths
-
-
-def _ffn_bytes(view: FFNView) -> float:
-    weights = [weight for weight in (view.up_FD, view.gate_FD, view.down_FD) if weight is not None]
-    return float(sum(weight.numel() * weight.element_size() for weight in weights))
 
 
 def _some_rows(inputs: Inputs, model: nn.Module) -> list[Inputs]:

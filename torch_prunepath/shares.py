@@ -76,9 +76,9 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, layer: RoutedExperts, view: FFNView) -> _Sizes:
-        first = [weight for weight in (view.up_FD, view.gate_FD) if weight is not None]
-        sizes = [w.numel() * w.element_size() for w in (view.down_FD, layer.router.weight)]
-        return cls(layer.num_experts, sum(w.numel() * w.element_size() for w in first), *sizes)
+        up_bytes, down_bytes = view.num_bytes
+        router_ED = layer.router.weight
+        return cls(layer.num_experts, up_bytes, down_bytes, router_ED.numel() * router_ED.element_size())
 
 
 class ShareTally:

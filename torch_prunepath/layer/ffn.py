@@ -65,6 +65,13 @@ def is_subclass(weight: object) -> bool:
     return True
 
 
+def _weight_bytes(module: nn.Module | None) -> int:
+    if module is None:
+        return 0
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.numel() * weight.element_size()
+
+
 def _set_weight(module: nn.Module, weight_oi: Tensor) -> None:
     """Store a weight ``[out, in]`` in the module's own orientation; parameter object and given strides stay."""
     module.weight.data = weight_oi.t() if is_transposed(module) else weight_oi  # type: ignore[union-attr]
@@ -188,6 +195,13 @@ class FFNView:
             if module is not None:
                 _set_weight(module, weight_out_in(module).contiguous())
         _set_weight(self.down, self.down_FD.contiguous().t())
+
+    @property
+    def num_bytes(self) -> tuple[int, int]:
+        """Bytes of the weights of gate and up (or fc1), and of down, as their dtypes say; biases left out."""
+        # Not by views of the weights: quantised ones have none.
+        up, gate, down = (_weight_bytes(module) for module in (self.up, self.gate, self.down))
+        return up + gate, down
 
     def parameters(self) -> list[Tensor]:
         """Every weight and bias that :meth:`permute_` moves."""
