@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from torch_prunepath.config import check_bytes, check_tau
 from torch_prunepath.experts.budget import fisher_information
-from torch_prunepath.experts.path import LayerCosts, Point, Setting, layer_path, shared_out
-from torch_prunepath.inputs.data import Inputs, as_inputs, evaluating, rows_together
+from torch_prunepath.experts.path import LayerCosts, Point, Setting, layer_path, shared_out, towards
+from torch_prunepath.inputs.data import Inputs, as_inputs, evaluating, single_rows
 from torch_prunepath.inputs.front import front_of, quiet
-from torch_prunepath.inputs.rows import count_rows, spread, take_rows
+from torch_prunepath.inputs.rows import spread
 from torch_prunepath.inputs.visit import visit_inputs
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
@@ -127,9 +127,7 @@ def _place_of(share: float, read: list[float]) -> float:
 
 def _between(path: tuple[Knot, ...], place: float) -> Knot:
     here, share = int(place), place % 1
-    if not share:
-        return path[here]
-    return Knot(*(a + share * (b - a) for a, b in zip(path[here], path[here + 1], strict=True)))
+    return path[here] if not share else towards(path[here], path[here + 1], share)
 
 
 def _write(layer: RoutedExperts, view: FFNView, setting: Setting) -> None:
@@ -175,7 +173,7 @@ def _measured_path(
         with contextlib.suppress(ValueError):  # beyond the ends of all paths
             steps.append(shared_out(paths, sizes, target))
     steps.append({name: path[-1].setting for name, path in paths.items()})
-    some = _some_rows(inputs, model)
+    some = single_rows(inputs, model, READ_TOKENS)
     read: list[float] = []
     kept: list[dict[str, Setting]] = []
     for settings in progress_bar(steps, desc="measuring bytes", unit="setting", progress=progress):
@@ -202,27 +200,16 @@ def _layer_paths(
     every = list(views.values())
     with eagerly():
         fisher = fisher_information(model, every, inputs, progress=progress)
-    with progress_bar(total=len(every), desc="weighing bytes", unit="layer", progress=progress) as bar:
+    bar = progress_bar(total=len(every), desc="weighing bytes", unit="layer", progress=progress)
+    with eagerly(), bar:
 
         def visit(view: FFNView, x_ND: Tensor) -> None:
-            x_ND = x_ND[torch.linspace(0, len(x_ND) - 1, min(len(x_ND), COST_TOKENS)).round().long().to(x_ND.device)]
+            x_ND = x_ND[spread(len(x_ND), min(len(x_ND), COST_TOKENS)).to(x_ND.device)]
             paths[view.site] = layer_path(LayerCosts(view, layers[view.site], x_ND, fisher[view.site], start_tau))
             bar.update()
 
-        with eagerly():
-            visit_inputs(model, every, inputs, visit)
+        visit_inputs(model, every, inputs, visit)
     return paths
-
-
-def _some_rows(inputs: Inputs, model: nn.Module) -> list[Inputs]:
-    """Single rows, evenly spread, with at most ``READ_TOKENS`` tokens in all; what cannot be cut stays as it is."""
-    rows = count_rows(inputs)
-    if rows is None:
-        return [inputs]
-    width = inputs["input_ids"].shape[1] if "input_ids" in inputs else READ_TOKENS // 8
-    together = rows_together(inputs, model)
-    chosen = spread(rows, min(rows, READ_TOKENS // width), together)[::together].tolist()
-    return [take_rows(inputs, slice(i, i + together)) for i in chosen]
 
 
 @torch.no_grad()

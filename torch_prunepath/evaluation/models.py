@@ -11,13 +11,10 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch_prunepath.console.errors import UserError, as_user_error, one_line, write_error
 from torch_prunepath.console.output import scratch_folder
-
-if TYPE_CHECKING:
-    pass
 
 CACHE_REMEDY = "point XDG_CACHE_HOME at another disk"
 

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_prunepath.config import Rule
-from torch_prunepath.inputs.data import Inputs, evaluation_mode, rows_together
+from torch_prunepath.inputs.data import Inputs, evaluation_mode, single_rows
 from torch_prunepath.inputs.front import front_of, quiet
 from torch_prunepath.inputs.padding import PaddingTracker
-from torch_prunepath.inputs.rows import count_rows, spread, take_rows
 from torch_prunepath.inputs.visit import removing
 from torch_prunepath.layer.ffn import FFNView
 from torch_prunepath.ops.experts import expand_experts
@@ -88,26 +87,13 @@ def fisher_information(
     moments = {view.site: torch.zeros(()) for view in views}
     counts = dict.fromkeys(moments, 0)
     generator = torch.Generator().manual_seed(seed)
+    rows = single_rows(inputs, model, FISHER_TOKENS)
     with evaluation_mode(model):
-        for batch in progress_bar(_rows(inputs, model), desc="measuring sensitivity", unit="row", progress=progress):
+        for batch in progress_bar(rows, desc="measuring sensitivity", unit="row", progress=progress):
             for site, g_ND in _output_gradients(model, views, batch, generator):
                 moments[site] = moments[site].to(g_ND.device) + g_ND.t() @ g_ND
                 counts[site] += g_ND.shape[0]
     return {site: moment / max(counts[site], 1) for site, moment in moments.items()}
-
-
-def _rows(inputs: Inputs, model: nn.Module) -> list[Inputs]:
-    """Choose single rows, evenly spread, with at most ``FISHER_TOKENS`` tokens in all (at least one row).
-
-    What cannot be cut into rows is taken as it is.
-    """
-    rows = count_rows(inputs)
-    if rows is None:
-        return [inputs]
-    width = inputs["input_ids"].shape[1] if "input_ids" in inputs else FISHER_TOKENS // 16
-    together = rows_together(inputs, model)
-    chosen = spread(rows, min(rows, FISHER_TOKENS // width), together)[::together].tolist()
-    return [take_rows(inputs, slice(i, i + together)) for i in chosen]
 
 
 def _output_gradients(

@@ -14,7 +14,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,11 +46,15 @@ class Setting(NamedTuple):
     theta_x: float
     theta_h: float
 
-    def towards(self, other: Setting, share: float) -> Setting:
-        """The setting that is this share, in [0, 1], of the way from here to ``other``; exactly that one at 1."""
-        if share == 1.0:
-            return other
-        return Setting(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
+
+NumbersT = TypeVar("NumbersT", bound=tuple[float, ...])
+
+
+def towards(here: NumbersT, there: NumbersT, share: float) -> NumbersT:
+    """The named numbers that are this share, in [0, 1], of the way from ``here`` to ``there``; exactly those at 1."""
+    if share == 1.0:
+        return there
+    return type(here)(*(a + share * (b - a) for a, b in zip(here, there, strict=True)))  # type: ignore[arg-type]
 
 
 class Point(NamedTuple):
@@ -93,15 +97,15 @@ class LayerCosts:
         self._up_share = len(first) / (len(first) + 1)
         self._router_share = layer.router.weight.numel() / ((len(first) + 1) * view.down_FD.numel())
         self._input_sizes = Quantiles(self._x_ND * self._column_norm_D)
-        self._hidden: dict[int, tuple[Tensor, Tensor]] = {}
+        self._hidden: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._masks: dict[int, Tensor] = {}
         self._tables: dict[tuple[int, int], Quantiles] = {}
         self._whole_ND = self._output(self._at(0)[0], self._mask_NF(0))
 
     def point(self, steps: Steps) -> Point:
         """What a setting saves and costs."""
         tau_step, x_step, _ = steps
-        h_NF, inputs_N = self._at(x_step)
-        mask_NF, sizes_NF = self._mask_NF(tau_step), h_NF.abs() * self._row_norm_F
+        (h_NF, sizes_NF, inputs_N), mask_NF = self._at(x_step), self._mask_NF(tau_step)
         theta_h = self._theta_h(steps, sizes_NF, mask_NF)
         kept_NF = mask_NF & ~(sizes_NF < theta_h)
         delta_ND = self._output(h_NF, kept_NF) - self._whole_ND
@@ -126,24 +130,32 @@ class LayerCosts:
             self._tables[tau_step, x_step] = Quantiles(sizes_NF[mask_NF])
         return self._tables[tau_step, x_step].threshold(NEURONS_OFF[h_step])
 
-    def _at(self, x_step: int) -> tuple[Tensor, Tensor]:
-        """Hidden activations ``[N, F]`` from the inputs that count, and the share of inputs that do, ``[N]``."""
+    def _at(self, x_step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden activations ``[N, F]`` from the inputs that count, their sizes, and the share of inputs, ``[N]``."""
         if x_step not in self._hidden:
             counts_ND = ~(self._x_ND.abs() * self._column_norm_D < self._theta_x(x_step))
             h_NF = self._view.hidden(self._x_ND.masked_fill(~counts_ND, 0))
-            self._hidden[x_step] = h_NF, counts_ND.float().mean(-1)
-            for passed in [step for step in self._hidden if step < x_step - 1]:  # never needed again
-                del self._hidden[passed]
+            self._hidden[x_step] = h_NF, h_NF.abs() * self._row_norm_F, counts_ND.float().mean(-1)
+            _forget_passed(self._hidden, x_step)
         return self._hidden[x_step]
 
     def _mask_NF(self, tau_step: int) -> Tensor:
-        experts, tau = self._layer.experts, torch.tensor(self._tau(tau_step), device=self._scores_NE.device)
-        mask_NE = mask_from_scores(self._scores_NE, tau, experts.rule, experts.shared)
-        return expand_experts(mask_NE, experts.expert_size, self._layer.ffn.ffn_size)
+        if tau_step not in self._masks:
+            experts, tau = self._layer.experts, torch.tensor(self._tau(tau_step), device=self._scores_NE.device)
+            mask_NE = mask_from_scores(self._scores_NE, tau, experts.rule, experts.shared)
+            self._masks[tau_step] = expand_experts(mask_NE, experts.expert_size, self._layer.ffn.ffn_size)
+            _forget_passed(self._masks, tau_step)
+        return self._masks[tau_step]
 
     def _output(self, h_NF: Tensor, kept_NF: Tensor) -> Tensor:
         h_NF = weigh(h_NF.masked_fill(~kept_NF, 0), self._weights_NE, self._layer.experts.expert_size)
         return h_NF @ self._down_FD
+
+
+def _forget_passed(steps: dict[int, Any], here: int) -> None:
+    """Drop what belongs to steps that a walk has passed: it needs the last one and the next."""
+    for passed in [step for step in steps if step < here - 1]:
+        del steps[passed]
 
 
 @torch.no_grad()
@@ -230,7 +242,7 @@ def shared_out(paths: Mapping[str, Sequence[Point]], sizes: Mapping[str, float],
     less, more = at(prices[low]), at(prices[low - 1]) if low else dict.fromkeys(paths, 0)
     above, below = read(more), read(less)
     share = 0.0 if above <= below else min(1.0, max(0.0, (above - target) / (above - below)))
-    return {name: paths[name][more[name]].setting.towards(paths[name][less[name]].setting, share) for name in paths}
+    return {name: towards(path[more[name]].setting, path[less[name]].setting, share) for name, path in paths.items()}
 
 
 def _place(path: Sequence[Point], price: float) -> int:

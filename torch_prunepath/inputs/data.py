@@ -26,6 +26,9 @@ Inputs = dict[str, Any]
 EVALUATION_ROWS = 8
 """Rows of one batch, where the caller gave rows or texts. A guess."""
 
+OTHER_WIDTH = 256
+"""Tokens that a row is taken for where it is no text: about those of an image. A guess."""
+
 
 def as_inputs(calibration: Any, model: nn.Module, tokenizer: Any = None, tokens: int | None = None) -> Inputs:
     """Make one batch of model inputs from texts, chats, token ids, or batches of model inputs.
@@ -111,6 +114,20 @@ def rows_together(inputs: Inputs, model: nn.Module) -> int:
     rows = count_rows(inputs) or 1
     sizes = (size for size in range(1, rows + 1) if rows % size == 0)
     return next((size for size in sizes if _failure(model, small_part(inputs, size)) is None), 1)
+
+
+def single_rows(inputs: Inputs, model: nn.Module, tokens: int) -> list[Inputs]:
+    """Rows one by one, evenly spread, with at most ``tokens`` tokens in all (at least one row).
+
+    What cannot be cut into rows is taken as it is, and rows that belong together stay so.
+    """
+    rows = count_rows(inputs)
+    if rows is None:
+        return [inputs]
+    width = inputs["input_ids"].shape[1] if "input_ids" in inputs else OTHER_WIDTH
+    together = rows_together(inputs, model)
+    chosen = spread(rows, min(rows, tokens // width), together)[::together].tolist()
+    return [take_rows(inputs, slice(i, i + together)) for i in chosen]
 
 
 def _failure(model: nn.Module, inputs: Inputs) -> Exception | None:

@@ -142,18 +142,23 @@ class Recorder(Protocol):
         """Take notice of a selection."""
 
 
-@contextlib.contextmanager
-def recording(layer: RoutedExperts, recorder: Recorder) -> Iterator[None]:
+def recording(layer: RoutedExperts, recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     """Inside the context the layer tells the recorder what it does."""
-    layer.recorders = (*layer.recorders, recorder)
+    return listed(layer, "recorders", recorder)
+
+
+@contextlib.contextmanager
+def listed(module: nn.Module, name: str, recorder: object) -> Iterator[None]:
+    """Inside the context, the recorder is in the module's tuple of this name, which is empty by default."""
+    setattr(module, name, (*getattr(module, name), recorder))
     try:
         yield
     finally:
-        others = tuple(each for each in layer.recorders if each is not recorder)
+        others = tuple(each for each in getattr(module, name) if each is not recorder)
         if others:
-            layer.recorders = others
+            setattr(module, name, others)
         else:  # as it was, also for what torch.compile knows of the layer
-            layer.__dict__.pop("recorders", None)
+            module.__dict__.pop(name, None)
 
 
 class Swapped(nn.Module):

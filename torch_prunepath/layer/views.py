@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_prunepath.config import FFNSpec
 from torch_prunepath.layer import RoutedExperts
 from torch_prunepath.layer.ffn import FFNView
-from torch_prunepath.layer.sparse import NeuronRecorder, SparseDown
+from torch_prunepath.layer.sparse import NeuronRecorder, SparseDown, listed
 
 
 def sparse_layers(model: nn.Module) -> dict[str, RoutedExperts]:
@@ -105,19 +105,11 @@ def norm_keepers(layer: RoutedExperts, view: FFNView) -> list[RoutedExperts | Sp
     return [layer, view.down] if isinstance(view.down, SparseDown) else [layer]
 
 
-@contextlib.contextmanager
-def recording_neurons(layer: RoutedExperts, view: FFNView, recorder: NeuronRecorder) -> Iterator[None]:
+def recording_neurons(
+    layer: RoutedExperts, view: FFNView, recorder: NeuronRecorder
+) -> contextlib.AbstractContextManager[None]:
     """Inside the context, the FFN tells the recorder what its neurons answer, if it has a threshold on them."""
-    half = norm_keepers(layer, view)[-1]
-    half.neuron_recorders = (*half.neuron_recorders, recorder)
-    try:
-        yield
-    finally:
-        others = tuple(each for each in half.neuron_recorders if each is not recorder)
-        if others:
-            half.neuron_recorders = others
-        else:  # as it was, also for what torch.compile knows of the layer
-            half.__dict__.pop("neuron_recorders", None)
+    return listed(norm_keepers(layer, view)[-1], "neuron_recorders", recorder)
 
 
 def check_readable(name: str, layer: RoutedExperts, view: FFNView) -> None:
